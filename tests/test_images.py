@@ -1,0 +1,161 @@
+"""Images: what is decoded, that both holders agree, and what is said about broken files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from tuner.datasets import ResidentImages, StreamedImages
+from tuner.datasets._decode import decode, decode_all
+from tuner.datasets._images import channel_statistics
+from tuner.errors import DataError
+
+
+def picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def save(path: Path, pixels: NDArray[np.uint8]) -> str:
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    return [save(tmp_path / f"{i}.png", picture(i, 12 + i, 20 - i)) for i in range(9)]
+
+
+def test_an_image_of_the_right_size_is_decoded_unchanged(tmp_path: Path) -> None:
+    pixels = picture(0, 16, 16)
+    decoded = decode(save(tmp_path / "a.png", pixels), 16, 3)
+    assert np.array_equal(decoded, pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("height", "width", "most"), [(40, 40, 0), (40, 61, 3), (90, 40, 3)])
+def test_scaling_agrees_with_torchvision(
+    tmp_path: Path, height: int, width: int, most: int
+) -> None:
+    from torchvision.transforms import v2
+
+    pixels = picture(1, height, width)
+    steps = v2.Compose([v2.Resize(16), v2.CenterCrop(16), v2.PILToTensor()])
+    expected = steps(Image.fromarray(pixels)).numpy().astype(int)
+    decoded = decode(save(tmp_path / "a.png", pixels), 16, 3).astype(int)
+    # torchvision crops whole pixels after scaling, at most half a pixel off the centre.
+    assert np.abs(decoded - expected).mean() <= most
+
+
+def test_a_large_jpeg_decoded_at_reduced_scale_looks_the_same(tmp_path: Path) -> None:
+    pixels = picture(2, 640, 640)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR))
+    decoded = decode(str(tmp_path / "a.jpg"), 32, 3).transpose(1, 2, 0)
+    assert np.abs(decoded.astype(int) - expected.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_becomes_grey_or_rgb(tmp_path: Path, mode: str, channels: int) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(picture(3, 8, 8)).convert(mode).save(path)
+    assert decode(str(path), 8, channels).shape == (channels, 8, 8)
+
+
+def test_sixteen_bit_grey_keeps_its_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert np.array_equal(decode(str(tmp_path / "a.png"), 8, 1)[0], ramp // 256)
+
+
+def test_a_photo_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
+    pixels = picture(4, 8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    decoded = decode(str(tmp_path / "a.png"), 8, 3).transpose(1, 2, 0)
+    assert np.array_equal(decoded, np.rot90(pixels, -1))
+
+
+def test_all_broken_files_are_counted_and_five_are_named(tmp_path: Path, files: list[str]) -> None:
+    for path in files[:7]:
+        Path(path).write_bytes(Path(path).read_bytes()[:60])
+    with pytest.raises(DataError, match=r"7 of 9 images cannot be decoded.*and 2 more") as error:
+        decode_all(files, 8, 3)
+    assert [path in str(error.value) for path in files] == [True] * 5 + [False] * 4
+
+
+def test_files_that_are_no_images_or_empty_are_broken(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").touch()
+    for name in ("text.png", "empty.png", "missing.png"):
+        with pytest.raises(DataError, match=name):
+            decode(str(tmp_path / name), 8, 3)
+
+
+def test_a_truncated_jpeg_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(5, 64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"a\.jpg"):
+        decode(str(path), 8, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streamed_and_resident_images_give_the_same_batches(files: list[str], workers: int) -> None:
+    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    streamed = StreamedImages(tuple(files), 8, 3)
+    order = [torch.tensor([3, 0, 3]), torch.tensor([8])]
+    assert (len(streamed), streamed.shape) == (len(resident), resident.shape) == (9, (3, 8, 8))
+    pairs = zip(streamed.batches(order, workers=workers), resident.batches(order), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_select_keeps_the_order_asked_for(files: list[str]) -> None:
+    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    streamed = StreamedImages(tuple(files), 8, 3)
+    chosen = torch.tensor([7, 2])
+    (expected,) = resident.batches([chosen])
+    for images in (resident.select(chosen), streamed.select(chosen)):
+        (batch,) = images.to("cpu").batches([torch.arange(2)])
+        assert torch.equal(batch, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_streamed_image_is_named_in_one_line(files: list[str], workers: int) -> None:
+    Path(files[4]).write_bytes(b"broken")
+    batches = StreamedImages(tuple(files), 8, 3).batches([torch.arange(9)], workers=workers)
+    with pytest.raises(DataError, match=r"4\.png") as error:
+        next(batches)
+    assert "\n" not in str(error.value)
+
+
+def test_streaming_leaves_the_global_generator_alone(files: list[str]) -> None:
+    before = torch.get_rng_state()
+    list(StreamedImages(tuple(files), 8, 3).batches([torch.arange(2)], workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_channel_statistics_agree_with_numpy() -> None:
+    pixels = torch.randint(0, 256, (700, 3, 4, 5), dtype=torch.uint8)
+    mean, std = channel_statistics(ResidentImages(pixels))
+    values = pixels.numpy() / 255
+    np.testing.assert_allclose(mean, values.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, values.std(axis=(0, 2, 3)), rtol=1e-6)
+
+
+def test_a_constant_channel_has_a_deviation_to_divide_by() -> None:
+    _, std = channel_statistics(ResidentImages(torch.full((3, 1, 4, 4), 7, dtype=torch.uint8)))
+    assert std[0] == pytest.approx(1 / 255)
+
+
+def test_statistics_of_many_streamed_images_use_a_sample(files: list[str]) -> None:
+    streamed = StreamedImages(tuple(files), 8, 3)
+    every_third = streamed.select(torch.tensor([0, 3, 6]))
+    assert channel_statistics(streamed, at_most=3) == channel_statistics(every_third)

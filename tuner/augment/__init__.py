@@ -1,0 +1,20 @@
+"""Batch augmentation on the device of the images: crop, flip, cutout, mixup, cutmix, remix."""
+
+from tuner.augment._base import AUGMENTS, Augment, Augmenter, NoAugment
+from tuner.augment._standard import Standard, StandardAugmenter
+from tuner.augment._transforms import beta, box_share, cut_out, mirror, remix_weight, shift
+
+__all__ = [
+    "AUGMENTS",
+    "Augment",
+    "Augmenter",
+    "NoAugment",
+    "Standard",
+    "StandardAugmenter",
+    "beta",
+    "box_share",
+    "cut_out",
+    "mirror",
+    "remix_weight",
+    "shift",
+]

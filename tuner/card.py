@@ -1,0 +1,137 @@
+"""The model card beside an exported recipe: what it is, how good, how sure, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from tuner.datasets import Data
+from tuner.imbalance import imbalance_ratio
+from tuner.session import Session
+
+SHOWN = {
+    "tail_accuracy": "tail",
+    "head_accuracy": "head",
+    "accuracy": "overall",
+    "balanced_accuracy": "balanced",
+    "worst_class": "worst class",
+    "ece": "calibration error (ECE)",
+}
+
+
+def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read."""
+    parts = [
+        _front_matter(session),
+        _summary(session, trial, data),
+        _results(session, metrics),
+        _use(data),
+        _limits(session, data),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(session: Session) -> str:
+    return "\n".join(
+        [
+            "---",
+            "library_name: tuner",
+            "pipeline_tag: image-classification",
+            "tags:",
+            "- imbalanced-data",
+            "- long-tail",
+            "---",
+            "",
+            f"# Best recipe of study {session.file.name}",
+        ]
+    )
+
+
+def _summary(session: Session, trial: FrozenTrial, data: Data) -> str:
+    counts = data.class_counts
+    ended = sum(t.state.is_finished() for t in session.trials())
+    groups = ", ".join(f"{len(v)} {k}" for k, v in data.groups.named().items())
+    return (
+        f"Trial {trial.number} of {ended}. Loss `{trial.user_attrs['loss']}`, sampler "
+        f"`{trial.user_attrs['sampler']}`, total correction κ = {trial.user_attrs['kappa']:.2f}, "
+        f"post-hoc adjustment τ = {trial.user_attrs['tau']:.2f}.\n\n"
+        f"Data: {data.name}, {data.num_classes} classes ({groups}), {int(counts.sum())} training "
+        f"images, {int(counts.min())} to {int(counts.max())} per class, imbalance ratio "
+        f"{imbalance_ratio(counts):.1f}. Fingerprint `{data.fingerprint[:16]}`."
+    )
+
+
+def _results(session: Session, metrics: dict[str, Any]) -> str:
+    verdict = metrics["verdict"]
+    kind = "adjusted" if session.file.objective.adjusted else "raw"
+    if verdict is None:
+        rows = [
+            f"| {label} | {_percent(metrics['validation'][kind][name])} |"
+            for name, label in SHOWN.items()
+        ]
+        return "\n".join(
+            ["## Results on validation", "", "| accuracy | value |", "|---|---|", *rows]
+        )
+    plain, best = verdict["rows"]
+    rows = [
+        f"| {label} | {_with_interval(plain, name)} | {_with_interval(best, name)} |"
+        for name, label in SHOWN.items()
+    ]
+    gap = (
+        f"The search saw {_percent(verdict['validation_value'])} on validation and this is "
+        f"{_percent(verdict['test_value'])} on the {verdict['part']} part; the first number was "
+        "chosen for being high, the second was not."
+    )
+    return "\n".join(
+        [
+            f"## Results on the {verdict['part']} part, with 95 % intervals",
+            "",
+            "| accuracy | plain cross-entropy | this recipe |",
+            "|---|---|---|",
+            *rows,
+            "",
+            gap,
+        ]
+    )
+
+
+def _use(data: Data) -> str:
+    return f"""## Use
+
+Train it again with `tuner train recipe.toml`. In your own PyTorch code:
+
+```python
+recipe = tuner.load_recipe("recipe.toml")
+loss = recipe.loss(class_counts)                      # nn.Module (logits, targets)
+loader = DataLoader(dataset, sampler=recipe.sampler(targets))
+predictions = recipe.adjust(model(images)).argmax(1)
+```
+
+Images are {"x".join(map(str, data.image_shape))} (channels, height, width), scaled to 0..1 and
+normalised with mean {_numbers(data.mean)} and standard deviation {_numbers(data.std)}. The
+classes, in the order of the logits, stand in `recipe.toml` under `[result]`."""
+
+
+def _limits(session: Session, data: Data) -> str:
+    lines = [
+        "One training with one seed; seeds of such models differ by about a point.",
+        *data.warnings,
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _with_interval(row: dict[str, Any], name: str) -> str:
+    interval = row["intervals"].get(name)
+    value = _percent(row["metrics"][name])
+    return (
+        value if interval is None else f"{value} ({_percent(interval[0])}–{_percent(interval[1])})"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "not estimable" if value is None else f"{100 * value:.1f} %"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)

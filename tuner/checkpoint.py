@@ -1,0 +1,145 @@
+"""Checkpoints: tensors and JSON in one safetensors file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tuner.errors import TunerError
+
+FORMAT = "tuner-checkpoint-1"
+
+
+class CheckpointError(TunerError):
+    """A checkpoint that cannot be read, or that belongs to something else."""
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and the JSON values ``meta`` to ``path``; atomic.
+
+    The file appears under its name only when it is complete and on disk, so a crash leaves
+    the previous checkpoint. Tensors may share storage, be views or lie on any device.
+    """
+    header = {"format": FORMAT, "meta": json.dumps(meta)}
+    own = {name: _independent(tensor) for name, tensor in tensors.items()}
+    content = safetensors.torch.save(own, metadata=header)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and JSON values that ``save`` wrote to ``path``.
+
+    Raises:
+        CheckpointError: No such file, or it is truncated, damaged or not a checkpoint.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no checkpoint") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({error}); delete it to begin anew"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of tuner")
+    return tensors, json.loads(header["meta"])
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State of ``optimizer`` as named tensors and JSON, exact and without pickle."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"state": {}, "groups": {}}
+    for kind, parts in (
+        ("state", state["state"]),
+        ("groups", dict(enumerate(state["param_groups"]))),
+    ):
+        for index, entries in parts.items():
+            values[kind][str(index)] = {
+                key: value for key, value in entries.items() if not isinstance(value, Tensor)
+            }
+            for key, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{kind}.{index}.{key}"] = value
+    return tensors, values
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Put back what ``flatten_optimizer`` returned into an optimizer built alike.
+
+    Raises:
+        CheckpointError: The state is of an optimizer over other parameters.
+    """
+    parts: dict[str, dict[int, dict[str, Any]]] = {
+        kind: {int(index): dict(entries) for index, entries in values[kind].items()}
+        for kind in ("state", "groups")
+    }
+    for name, tensor in tensors.items():
+        kind, index, key = name.split(".", 2)
+        parts[kind][int(index)][key] = tensor
+    groups = [_tuples(parts["groups"][index]) for index in sorted(parts["groups"])]
+    try:
+        _check_shapes(optimizer, parts["state"])
+        optimizer.load_state_dict({"state": parts["state"], "param_groups": groups})
+    except ValueError as error:
+        raise CheckpointError(f"optimizer state does not fit the model: {error}") from error
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, dict[str, Any]]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        if index >= len(parameters):
+            raise ValueError(f"it has a parameter {index}, the optimizer {len(parameters)} in all")
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameters[index].shape:
+                raise ValueError(
+                    f"{key} of parameter {index} is {tuple(value.shape)}, "
+                    f"the parameter {tuple(parameters[index].shape)}"
+                )
+
+
+def _tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """JSON turns tuples such as AdamW's betas into lists; only the parameters are a list."""
+    lists = ("params", "param_names")
+    return {
+        key: tuple(value) if isinstance(value, list) and key not in lists else value
+        for key, value in group.items()
+    }
+
+
+def _independent(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; folders cannot be opened like this on Windows."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

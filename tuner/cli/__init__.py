@@ -1,0 +1,63 @@
+"""The commands: parse, call one function, print; logging is set up here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from tuner import __version__
+from tuner.errors import TunerError
+
+app = typer.Typer(
+    help="Find the training recipe that serves the rare classes of imbalanced data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tuner {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per epoch.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of all errors.")] = False,
+) -> None:
+    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("tuner").setLevel(level)
+    _state["debug"] = debug
+
+
+_state = {"debug": False}
+
+
+def main() -> None:
+    """Run the command line; a ``TunerError`` becomes one message and exit code 1."""
+    from tuner.cli import make, read, run  # noqa: F401  (they register their commands)
+
+    try:
+        app()
+    except TunerError as error:
+        if _state["debug"]:
+            raise
+        print(f"tuner: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("tuner: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,65 @@
+"""Options and arguments that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, or its file.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Storage URL [default: TUNER_STORAGE, OPTUNA_STORAGE, sqlite:///runs/tuner.db]",
+        show_default=False,
+    ),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data", envvar="TUNER_DATA", help="Folder that data roots are relative to."),
+]
+Artifacts = Annotated[
+    Path | None,
+    typer.Option(
+        "--artifacts",
+        help="Folder of weights, logits and checkpoints [default: TUNER_ARTIFACTS, runs/artifacts]",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1 [default: cuda if there is one, else cpu]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def joined(study: str, storage: str | None, artifacts: Path | None) -> Session:
+    """The session of a study that is given by its name or by its study file."""
+    from tuner.artifacts import artifacts_root
+    from tuner.recipe import read_toml
+    from tuner.session import join
+    from tuner.storage import storage_url
+
+    name = str(read_toml(Path(study)).get("name")) if study.endswith(".toml") else study
+    return join(name, storage_url(storage), artifacts_root(artifacts))
+
+
+def chosen_device(device: str | None) -> str:
+    """The device to use, checked."""
+    import torch
+
+    from tuner.errors import TunerError
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,130 @@
+"""Commands that train: run, create, worker, train."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuner.cli import app
+from tuner.cli.options import (
+    Artifacts,
+    DataFolder,
+    Device,
+    Storage,
+    StudyName,
+    StudyPath,
+    chosen_device,
+    joined,
+)
+
+if TYPE_CHECKING:
+    from tuner.datasets import Data
+    from tuner.session import Session
+
+log = logging.getLogger(__name__)
+
+
+@app.command()
+def create(
+    study: StudyPath,
+    storage: Storage = None,
+    data: DataFolder = None,
+    artifacts: Artifacts = None,
+) -> None:
+    """Create the study in the storage and fill its queue."""
+    session, _ = _created(study, storage, data, artifacts)
+    print(f"study {session.file.name}: {session.file.trials()} trials in the queue")
+
+
+@app.command()
+def run(
+    study: StudyPath,
+    storage: Storage = None,
+    data: DataFolder = None,
+    artifacts: Artifacts = None,
+    device: Device = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the report and the recipe [default: runs]"),
+    ] = None,
+) -> None:
+    """Create the study, work until its budget is spent, and show what it found."""
+    from tuner.cli.finish import finish
+
+    where = chosen_device(device)
+    session, loaded = _created(study, storage, data, artifacts)
+    if _work(session, storage, loaded, where):
+        log.warning("stopped; the same command again goes on where this stopped")
+        return
+    finish(session, loaded, where, (output or Path("runs")) / session.file.name)
+
+
+@app.command()
+def worker(
+    study: StudyName,
+    storage: Storage = None,
+    data: DataFolder = None,
+    artifacts: Artifacts = None,
+    device: Device = None,
+) -> None:
+    """Work on a study that was created before, until its budget is spent."""
+    session = joined(study, storage, artifacts)
+    loaded = session.file.data.build(data)
+    _work(session, storage, loaded, chosen_device(device))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="recipe.toml", help="An exported recipe.")],
+    data: DataFolder = None,
+    device: Device = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the weights and metrics.")
+    ] = None,
+) -> None:
+    """Train an exported recipe again and compare with the metrics stored beside it."""
+    from tuner.cli.finish import retrained
+    from tuner.loaded import load_recipe
+
+    retrained(load_recipe(recipe), recipe, data, chosen_device(device), output)
+
+
+def _created(
+    study: Path, storage: str | None, data: Path | None, artifacts: Path | None
+) -> tuple[Session, Data]:
+    from tuner import session
+    from tuner import study as files
+    from tuner.artifacts import artifacts_root
+    from tuner.cli.show import describe_data
+    from tuner.storage import storage_url
+
+    file = files.load(study)
+    loaded = file.data.build(data)
+    for line in describe_data(loaded):
+        log.info(line)
+    made = session.create(file, storage_url(storage), artifacts_root(artifacts), loaded)
+    return made, loaded
+
+
+def _work(session: Session, storage: str | None, data: Data, device: str) -> bool:
+    """Work on the study; whether somebody asked to stop."""
+    from tuner.cli.show import Display
+    from tuner.storage import storage_url
+    from tuner.worker import StopRequest, work
+
+    on_device = data.to(device) if device != "cpu" else data
+    with StopRequest().installed() as stop, Display(session, terminal=sys.stderr.isatty()) as show:
+        work(
+            session,
+            storage_url(storage),
+            on_device,
+            device=device,
+            stop=stop,
+            on_epoch=show.epoch,
+            on_trial=show.trial,
+        )
+        return stop.asked

@@ -1,0 +1,115 @@
+"""What a person sees while trials run: progress bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from optuna.trial import Trial
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tuner.datasets import Data
+from tuner.imbalance import imbalance_ratio
+from tuner.rungs.full import Outcome
+from tuner.session import Session
+from tuner.trainer import EpochResult
+from tuner.worker import progress
+
+log = logging.getLogger(__name__)
+
+
+def describe_data(data: Data) -> list[str]:
+    """The data in a few lines: size, imbalance, groups, and every warning."""
+    counts = data.class_counts
+    groups = data.groups.named()
+    sizes = ", ".join(f"{len(classes)} {name}" for name, classes in groups.items() if classes)
+    return [
+        f"data {data.name}: {data.num_classes} classes ({sizes}), {int(counts.sum())} training "
+        f"and {len(data.validation)} validation images, {int(counts.min())} to "
+        f"{int(counts.max())} per class in training, imbalance ratio {imbalance_ratio(counts):.1f}",
+        *(f"note: {warning}" for warning in data.warnings),
+    ]
+
+
+class Display:
+    """Two progress bars (trials, epochs) on a terminal; one line per trial elsewhere."""
+
+    def __init__(self, session: Session, *, terminal: bool) -> None:
+        self.session, self.terminal = session, terminal
+        self.budget = session.file.trials()
+        self.best: float | None = None
+        self.ended = 0
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            disable=not terminal,
+        )
+        self.trials = self.bars.add_task("trials", total=self.budget, note="")
+        self.epochs = self.bars.add_task("epochs", total=session.file.budget.epochs, note="")
+
+    def __enter__(self) -> Display:
+        counts = progress(self.session)
+        self.ended = counts["complete"] + counts["pruned"] + counts["fail"]
+        self._show_best()
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def epoch(self, trial: Trial, result: EpochResult, value: float) -> None:
+        """Show one epoch of a trial."""
+        note = f"trial {trial.number} {trial.user_attrs.get('loss', '')} {value:.3f}"
+        self.bars.update(self.epochs, completed=result.epoch + 1, note=note)
+        log.debug(
+            "trial %d epoch %d loss %.4f %s %.4f %.0f samples/s",
+            trial.number,
+            result.epoch,
+            result.train_loss,
+            self.session.file.objective.metric,
+            value,
+            result.samples / result.seconds,
+        )
+
+    def trial(self, outcome: Outcome) -> None:
+        """Show how a trial ended."""
+        self.ended += outcome.state != "interrupted"
+        self._show_best()
+        if self.terminal:
+            if outcome.state == "failed":
+                self.bars.console.print(f"trial {outcome.number} failed: {outcome.reason}")
+            return
+        log.info("trial %d/%d %s", outcome.number, self.budget - 1, describe(outcome))
+
+    def _show_best(self) -> None:
+        best = self.session.best()
+        note = "" if best is None else f"best {best.value:.3f} (trial {best.number})"
+        self.bars.update(self.trials, completed=self.ended, note=note)
+
+
+def describe(outcome: Outcome) -> str:
+    """How a trial ended, in a few words."""
+    value = "" if outcome.value is None else f" {outcome.value:.4f}"
+    reason = "" if outcome.reason is None else f" ({outcome.reason.replace('_', ' ')})"
+    return f"{outcome.state}{value}{reason}"
+
+
+def percent(value: float | None, interval: Any = None) -> str:
+    """A share as percent, with its interval if there is one."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:.1f}"
+    return (
+        text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    )

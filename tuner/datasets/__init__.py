@@ -1,0 +1,24 @@
+"""Data sets by name, divided into parts that search may and may not see."""
+
+from __future__ import annotations
+
+from tuner.datasets import _arrays, _folders  # noqa: F401  (they register their data sets)
+from tuner.datasets._base import DATASETS, RESIDENT_LIMIT, Dataset
+from tuner.datasets._data import Data, Part
+from tuner.datasets._images import Images, ResidentImages, StreamedImages
+from tuner.datasets._profiles import PROFILES, Profile
+from tuner.datasets._split import validation_counts
+
+__all__ = [
+    "DATASETS",
+    "PROFILES",
+    "RESIDENT_LIMIT",
+    "Data",
+    "Dataset",
+    "Images",
+    "Part",
+    "Profile",
+    "ResidentImages",
+    "StreamedImages",
+    "validation_counts",
+]

@@ -1,0 +1,101 @@
+"""Small data sets that come as arrays: scikit-learn's digits, and CIFAR and MNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from tuner.datasets._base import DATASETS, Dataset, resolve
+from tuner.datasets._download import fetch
+from tuner.datasets._sources import ArraySource, Sources
+from tuner.registry import component
+
+DOWNLOADS = Path("data")
+"""Where downloads go when neither a root nor a folder is given."""
+
+
+@DATASETS.register("digits")
+@component
+class Digits(Dataset):
+    """scikit-learn's 1797 handwritten digits, 8x8 grey; needs no download."""
+
+    def sources(self, folder: Path | None) -> Sources:
+        """The images; ``folder`` is not needed."""
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
+        targets = torch.from_numpy(digits.target).long()
+        names = tuple(str(name) for name in digits.target_names)
+        return Sources(names, ArraySource(pixels.unsqueeze(1), targets, "digits"))
+
+
+@component
+class _Downloaded(Dataset):
+    """The fields of data sets that torchvision downloads and keeps as arrays.
+
+    Attributes:
+        root: Folder in which torchvision keeps its own folder of the data set.
+    """
+
+    torchvision_class: ClassVar[str]
+
+    root: str | None = None
+
+    def sources(self, folder: Path | None) -> Sources:
+        """Read the data set, downloading it first if it is missing."""
+        root = (folder or DOWNLOADS) if self.root is None else resolve(self.root, folder)
+        train, test = self._read(root, train=True), self._read(root, train=False)
+        return Sources(tuple(train.classes), _source(train, "train"), test=_source(test, "test"))
+
+    def _read(self, root: Path, *, train: bool) -> Any:
+        from torchvision import datasets
+
+        reader = getattr(datasets, self.torchvision_class)
+        return fetch(
+            self.torchvision_class,
+            lambda download: reader(root, train=train, download=download),
+            root,
+        )
+
+
+@DATASETS.register("cifar10")
+@component
+class Cifar10(_Downloaded):
+    """CIFAR-10: 50000 + 10000 photos of 10 classes, 32x32 RGB."""
+
+    torchvision_class = "CIFAR10"
+
+
+@DATASETS.register("cifar100")
+@component
+class Cifar100(_Downloaded):
+    """CIFAR-100: 50000 + 10000 photos of 100 classes, 32x32 RGB."""
+
+    torchvision_class = "CIFAR100"
+
+
+@DATASETS.register("mnist")
+@component
+class Mnist(_Downloaded):
+    """MNIST: 60000 + 10000 handwritten digits, 28x28 grey."""
+
+    torchvision_class = "MNIST"
+
+
+@DATASETS.register("fashion_mnist")
+@component
+class FashionMnist(_Downloaded):
+    """Fashion-MNIST: 60000 + 10000 pieces of clothing of 10 classes, 28x28 grey."""
+
+    torchvision_class = "FashionMNIST"
+
+
+def _source(dataset: Any, part: str) -> ArraySource:
+    pixels = torch.as_tensor(dataset.data)
+    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    targets = torch.as_tensor(dataset.targets, dtype=torch.int64)
+    return ArraySource(pixels, targets, part)

@@ -1,0 +1,123 @@
+"""The data of a study: its parts, what is known of its classes, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tuner.datasets._images import Images, Shape
+from tuner.imbalance import Groups
+
+Identity = tuple[str, bytes]
+"""A sample's name inside its data set, and a digest of its content."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images and their classes, ``targets`` (N,) int64."""
+
+    images: Images
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> Part:
+        """The same part on ``device``."""
+        return Part(self.images.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Everything a trial needs of its data set; the test part is not loaded until asked for.
+
+    Attributes:
+        mean: Mean of each channel over the training part, 1 = full brightness.
+        std: Standard deviation of each channel, in the same unit.
+        class_counts: Training images of each class (C,), for weights and priors.
+        pool_counts: Training and validation images of each class (C,), by which ``groups``
+            are made.
+        fingerprint: SHA-256 of the image contents, their classes and the split.
+        warnings: What the user should know, such as classes too small to estimate.
+        load_test: Loads the test part; None if there is none.
+    """
+
+    name: str
+    train: Part
+    validation: Part
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    groups: Groups
+    class_counts: Tensor
+    pool_counts: Tensor
+    fingerprint: str
+    warnings: tuple[str, ...] = ()
+    load_test: Callable[[], Part] | None = field(default=None, repr=False)
+
+    @cached_property
+    def test(self) -> Part | None:
+        """The test part, decoded on first use: search never touches it.
+
+        Raises:
+            DataError: A test image is broken.
+        """
+        return None if self.load_test is None else self.load_test()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> Shape:
+        """Channels, height and width of one image."""
+        return self.train.images.shape
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same data with every part on ``device``; the test part follows when asked for."""
+        load = self.load_test
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            load_test=None if load is None else lambda: load().to(device),
+        )
+
+
+def fingerprint(
+    name: str,
+    shape: Shape,
+    class_names: Sequence[str],
+    identities: Mapping[str, Sequence[Identity]],
+    classes: Mapping[str, Sequence[int]],
+) -> str:
+    """SHA-256 over all names, and over the identity and class of each sample of each part."""
+    total = hashlib.sha256(repr((name, shape, tuple(class_names))).encode())
+    for part, samples in identities.items():
+        total.update(repr(part).encode())
+        for (key, digest), target in zip(samples, classes[part], strict=True):
+            total.update(f"{key!r} {target} ".encode())
+            total.update(digest)
+    return total.hexdigest()
+
+
+def duplicates(parts: Mapping[str, Sequence[Identity]]) -> list[str]:
+    """Say which parts share images of the same content."""
+    owner: dict[bytes, tuple[str, str]] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for part, identities in parts.items():
+        for key, digest in identities:
+            other, twin = owner.setdefault(digest, (part, key))
+            if other != part:
+                shared.setdefault((other, part), []).append(f"{key} = {twin}")
+    return [
+        f"{len(pairs)} images of the {second} part are in the {first} part too, "
+        f"for example {pairs[0]}"
+        for (first, second), pairs in shared.items()
+    ]

@@ -1,0 +1,151 @@
+"""Images held as one tensor, or as files that worker processes decode while training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tuner.datasets._decode import BrokenImageError, broken_images, decode
+from tuner.errors import DataError
+from tuner.seeding import generator
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentImages:
+    """All images in one uint8 tensor (N, c, H, W)."""
+
+    tensor: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels, height and width of one image."""
+        channels, height, width = self.tensor.shape[1:]
+        return channels, height, width
+
+    def select(self, indices: Tensor) -> ResidentImages:
+        """The images at ``indices`` (n,), in that order."""
+        return ResidentImages(self.tensor[indices.to(self.tensor.device)])
+
+    def batches(
+        self, index_batches: Sequence[Tensor], *, workers: int = 0, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the images of each index tensor, uint8 (B, c, H, W), on their device.
+
+        ``workers`` and ``pin`` are for streamed images and change nothing here.
+        """
+        for indices in index_batches:
+            yield self.tensor[indices.to(self.tensor.device)]
+
+    def to(self, device: torch.device | str) -> ResidentImages:
+        """The same images on ``device``."""
+        return ResidentImages(self.tensor.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Image files, decoded anew whenever a batch is asked for."""
+
+    paths: tuple[str, ...]
+    size: int
+    channels: int = 3
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels, height and width of one image."""
+        return self.channels, self.size, self.size
+
+    def select(self, indices: Tensor) -> StreamedImages:
+        """The images at ``indices`` (n,), in that order."""
+        return replace(self, paths=tuple(self.paths[i] for i in indices.tolist()))
+
+    def batches(
+        self, index_batches: Sequence[Tensor], *, workers: int = 0, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the images of each index tensor, uint8 (B, c, H, W), on ``device``.
+
+        With ``workers`` > 0 that many processes decode ahead; ``pin`` puts the batches in
+        page-locked memory first, so that copying them to a GPU does not block.
+
+        Raises:
+            DataError: A file is missing or broken.
+        """
+        loader: DataLoader[Tensor | DataError] = DataLoader(
+            _Files(self.paths, self.size, self.channels),
+            batch_sampler=[indices.tolist() for indices in index_batches],
+            num_workers=workers,
+            collate_fn=_as_decoded,
+            pin_memory=pin,
+            # The loader would otherwise draw a seed for its workers from the global generator.
+            generator=generator("streamed images"),
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch.to(self.device, non_blocking=True)
+
+    def to(self, device: torch.device | str) -> StreamedImages:
+        """The same images, with batches delivered on ``device``."""
+        return replace(self, device=torch.device(device))
+
+
+Images = ResidentImages | StreamedImages
+
+
+class _Files(Dataset[Tensor]):
+    """Decodes a whole batch in one worker; an error is handed over as a value.
+
+    A raised error would reach the user as a traceback inside a traceback.
+    """
+
+    def __init__(self, paths: tuple[str, ...], size: int, channels: int) -> None:
+        self.paths, self.size, self.channels = paths, size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: list[int]) -> Tensor | DataError:
+        try:
+            images = [decode(self.paths[i], self.size, self.channels) for i in indices]
+        except BrokenImageError as error:
+            return DataError(broken_images([str(error)], len(indices)))
+        return torch.from_numpy(np.stack(images))
+
+
+def _as_decoded(batch: Any) -> Any:
+    return batch
+
+
+def channel_statistics(
+    images: Images, *, at_most: int = 2048, batch_size: int = 256
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in units of 1 = full brightness (255).
+
+    Streamed images are represented by ``at_most`` of them, evenly spaced. A channel without
+    any contrast gets the standard deviation of one grey level, so that dividing stays finite.
+    """
+    total = len(images)
+    step = 1 if isinstance(images, ResidentImages) else -(-total // at_most)
+    chosen = torch.arange(0, total, step)
+    sums = torch.zeros(2, images.shape[0], dtype=torch.float64)
+    for batch in images.batches(torch.split(chosen, batch_size)):
+        values = batch.to(torch.float32) / 255
+        sums[0] += values.sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+        sums[1] += values.square().sum(dim=(0, 2, 3), dtype=torch.float64).cpu()
+    mean, square = sums / (len(chosen) * images.shape[1] * images.shape[2])
+    deviation = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(deviation.tolist())

@@ -1,0 +1,113 @@
+"""Where samples come from before they are divided: one array, or a folder of files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tuner.datasets._data import Identity
+from tuner.datasets._decode import decode_all
+from tuner.datasets._images import Images, ResidentImages, StreamedImages
+
+DIGEST_EDGE = 8 * 1024
+"""Bytes read at either end of a file for its digest.
+
+With the size of the file that tells a replaced image, and reads a hundredth of what hashing
+a large data set in full would.
+"""
+
+
+class Source(Protocol):
+    """Samples with known classes, whose images can be had by index."""
+
+    @property
+    def targets(self) -> Tensor:
+        """Class of each sample (N,) int64."""
+
+    def images(self, indices: Tensor, resident_limit: int) -> Images:
+        """The images at ``indices`` (n,), in memory if they need no more bytes than the limit."""
+
+    def identities(self, indices: Tensor) -> list[Identity]:
+        """Name and content digest of the samples at ``indices`` (n,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The samples of a data set as it comes; None for parts that it does not have."""
+
+    class_names: tuple[str, ...]
+    train: Source
+    validation: Source | None = None
+    test: Source | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Samples in memory: ``pixels`` uint8 (N, c, H, W), named by their index."""
+
+    pixels: Tensor
+    targets: Tensor
+    name: str
+
+    def images(self, indices: Tensor, resident_limit: int) -> Images:
+        """The images at ``indices`` (n,)."""
+        return ResidentImages(self.pixels[indices])
+
+    def identities(self, indices: Tensor) -> list[Identity]:
+        """Name and content digest of the samples at ``indices`` (n,)."""
+        rows = self.pixels.numpy()
+        return [
+            (f"{self.name}/{i}", hashlib.sha256(rows[i].tobytes()).digest())
+            for i in indices.tolist()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Image files under ``root``; ``paths`` are relative to it, with forward slashes."""
+
+    root: Path
+    paths: tuple[str, ...]
+    targets: Tensor
+    size: int
+    channels: int
+
+    def images(self, indices: Tensor, resident_limit: int) -> Images:
+        """The images at ``indices`` (n,), in memory if they need no more bytes than the limit.
+
+        Raises:
+            DataError: Images are broken; those of streamed images show when they are read.
+        """
+        paths = self._files(indices)
+        if len(paths) * self.channels * self.size**2 > resident_limit:
+            return StreamedImages(tuple(paths), self.size, self.channels)
+        return ResidentImages(torch.from_numpy(decode_all(paths, self.size, self.channels)))
+
+    def identities(self, indices: Tensor) -> list[Identity]:
+        """Name and content digest of the samples at ``indices`` (n,)."""
+        with ThreadPool(os.cpu_count()) as pool:
+            digests = pool.map(_file_digest, self._files(indices), chunksize=64)
+        names = [self.paths[i] for i in indices.tolist()]
+        return list(zip(names, digests, strict=True))
+
+    def _files(self, indices: Tensor) -> list[str]:
+        return [f"{self.root}/{self.paths[i]}" for i in indices.tolist()]
+
+
+def _file_digest(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        digest.update(file.read(DIGEST_EDGE))
+        if size > DIGEST_EDGE:
+            file.seek(max(DIGEST_EDGE, size - DIGEST_EDGE))
+            digest.update(file.read(DIGEST_EDGE))
+    return digest.digest()

@@ -1,0 +1,52 @@
+"""Errors a user can cure; the command line prints their text and exits with 1."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TunerError(Exception):
+    """Base of every error whose text names what is wrong, where, and the way out."""
+
+
+class StudyFileError(TunerError):
+    """A study or recipe file that cannot be read or does not validate."""
+
+
+class DataError(TunerError):
+    """Data that are missing, broken, or not the data the study was created with."""
+
+
+class StorageError(TunerError):
+    """A storage that cannot be opened, or that holds something else than expected."""
+
+
+class UnknownNameError(TunerError):
+    """A name that no component is registered under."""
+
+
+class NonFiniteError(TunerError):
+    """A training loss that became NaN or infinite."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """Say that ``name`` is not a known ``what``, with the closest of the known names."""
+    if "smote" in name.lower():
+        return f"no {what} {name!r}: {SMOTE_REFUSAL}"
+    return f"unknown {what} {name!r}{close_match(name, known)}"
+
+
+def close_match(name: str, known: Iterable[str]) -> str:
+    """End of a sentence about a wrong name: the closest known name, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Known: {', '.join(known)}"
+
+
+SMOTE_REFUSAL = (
+    "mixing the pixels of two images makes ghost images, not new members of a class. For more "
+    "of the tail use the class_aware sampler, mixup or remix, or rebalance in feature space "
+    "by training the head alone"
+)

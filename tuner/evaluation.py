@@ -1,0 +1,100 @@
+"""What a trial's validation logits say: raw, and after post-hoc adjustment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.datasets import Data
+from tuner.imbalance import Groups, log_priors
+from tuner.metrics import METRICS, evaluate
+from tuner.posthoc import adjust_logits, cross_fitted, cross_fitted_tau_norm, fit_temperature
+
+Metrics = dict[str, float | None]
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Metrics of one set of logits as they are, and with τ chosen by cross-fitting.
+
+    ``tau`` is fitted on all the logits: the strength to use on new images. The adjusted
+    metrics never judge an image with a τ that was chosen on it.
+    """
+
+    raw: Metrics
+    adjusted: Metrics
+    tau: float
+
+    def value(self, metric: str, *, adjusted: bool) -> float:
+        """A metric by name; NaN where it cannot be estimated."""
+        value = (self.adjusted if adjusted else self.raw)[metric]
+        return float("nan") if value is None else value
+
+
+def assess(logits: Tensor, targets: Tensor, class_counts: Tensor, groups: Groups) -> Assessment:
+    """Judge logits (N, C) against targets (N,), with the training part's class counts (C,)."""
+    priors = log_priors(class_counts).to(logits.dtype)
+    fitted = cross_fitted(logits, targets, priors, folds=FOLDS, seed=0)
+    return Assessment(
+        raw=evaluate(logits, targets, groups),
+        adjusted=evaluate(fitted.adjusted_logits, targets, groups),
+        tau=fitted.tau,
+    )
+
+
+def assess_validation(logits: Tensor, data: Data) -> Assessment:
+    """Judge logits of the validation part of ``data``."""
+    return assess(logits, data.validation.targets.cpu(), data.class_counts, data.groups)
+
+
+def extras(
+    logits: Tensor, norms: Tensor, bias: Tensor, targets: Tensor, groups: Groups
+) -> dict[str, Any]:
+    """τ-norm and temperature of a trained trial, from its logits and its classifier.
+
+    A linear classifier's τ-normalised logits are (logit - bias) / norm^τ (Kang et al. 2020), so
+    the features themselves are not needed.
+
+    Args:
+        logits: Raw validation logits (N, C).
+        norms: L2 norms of the classifier's rows (C,).
+        bias: The classifier's bias (C,).
+        targets: Validation targets (N,).
+        groups: The class groups.
+    """
+    scaled = cross_fitted_tau_norm(logits - bias, norms, targets, folds=FOLDS, seed=0)
+    temperature = fit_temperature(logits, targets)
+    return {
+        "tau_norm": {
+            "tau": scaled.tau,
+            "metrics": evaluate(scaled.adjusted_logits, targets, groups),
+        },
+        "temperature": temperature,
+        "calibrated": {
+            name: value
+            for name, value in evaluate(logits / temperature, targets, groups).items()
+            if name in ("nll", "ece", "classwise_ece")
+        },
+    }
+
+
+def test_logits(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
+    """Logits adjusted with a τ that was fixed before, for the test part or for use."""
+    return adjust_logits(logits, log_priors(class_counts).to(logits.dtype), tau)
+
+
+def better(metric: str, a: float, b: float) -> bool:
+    """Whether value ``a`` of a metric is better than ``b``; NaN is worse than anything."""
+    if a != a or b != b:
+        return b != b and a == a
+    return a > b if METRICS[metric] == "maximize" else a < b
+
+
+def finite(metrics: Mapping[str, float | None]) -> bool:
+    """Whether every metric that could be estimated is a finite number."""
+    return all(v is None or torch.tensor(v).isfinite().item() for v in metrics.values())

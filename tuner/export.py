@@ -1,0 +1,173 @@
+"""The best trial as files: recipe, weights, metrics and a model card; and training it again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import tomli_w
+import torch
+from optuna.trial import FrozenTrial
+
+from tuner import __version__, checkpoint
+from tuner.card import model_card
+from tuner.datasets import Data
+from tuner.errors import DataError, StorageError
+from tuner.evaluation import Assessment, assess_validation
+from tuner.lane import Lane
+from tuner.loaded import LoadedRecipe
+from tuner.session import Session
+from tuner.trainer import epochs
+from tuner.verdict import decide, stored_recipe, trained_lane
+
+RECIPE = "recipe.toml"
+METRICS = "metrics.json"
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+
+def export(
+    session: Session, data: Data, folder: Path, *, number: int | None = None, device: str = "cpu"
+) -> list[Path]:
+    """Write a trial, by default the best one, into ``folder``; the files written.
+
+    Raises:
+        StorageError: There is no complete trial, or no complete trial of that number.
+    """
+    trial = find_trial(session, number)
+    lane = trained_lane(session, trial, data, device)
+    best = session.best()
+    verdict = decide(session, data, device=device) if best and best.number == trial.number else None
+    metrics = collect_metrics(session, trial, verdict)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(recipe_text(session, trial, data), encoding="utf-8")
+    save_weights(folder / WEIGHTS, lane, data)
+    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    card = model_card(session, trial, data, metrics)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return [folder / name for name in (RECIPE, WEIGHTS, METRICS, CARD)]
+
+
+def find_trial(session: Session, number: int | None) -> FrozenTrial:
+    """The complete trial of that number, or the best one for None.
+
+    Raises:
+        StorageError: There is none; the text says which there are.
+    """
+    if number is None:
+        best = session.best()
+        if best is None:
+            raise StorageError(f"study {session.file.name!r} has no complete trial yet")
+        return best
+    complete = {t.number: t for t in session.trials(optuna.trial.TrialState.COMPLETE)}
+    if number not in complete:
+        known = ", ".join(map(str, sorted(complete)[:20])) or "none yet"
+        raise StorageError(f"trial {number} is not complete; complete trials: {known}")
+    return complete[number]
+
+
+def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
+    """The trial's recipe file, with its adjustment and where it comes from."""
+    tau = trial.user_attrs["tau"] if session.file.objective.adjusted else 0.0
+    tables = {
+        **stored_recipe(trial).to_dict(),
+        "result": {
+            "tau": tau,
+            "class_counts": data.class_counts.tolist(),
+            "class_names": list(data.class_names),
+        },
+        "provenance": {
+            "study": session.file.name,
+            "trial": trial.number,
+            "fingerprint": data.fingerprint,
+            "tuner": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return tomli_w.dumps(tables)
+
+
+def collect_metrics(
+    session: Session, trial: FrozenTrial, verdict: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Everything measured of a trial: validation raw and adjusted, and the test part if judged."""
+    attrs = trial.user_attrs
+    return {
+        "study": session.file.name,
+        "trial": trial.number,
+        "objective": {"metric": session.file.objective.metric, "value": trial.value},
+        "validation": attrs["metrics"],
+        "tau": attrs["tau"],
+        "posthoc": attrs["extras"],
+        "verdict": verdict,
+    }
+
+
+def save_weights(path: Path, lane: Lane, data: Data) -> None:
+    """Write a trained model's weights, with class names and normalisation as metadata."""
+    meta = {
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "image_shape": list(data.image_shape),
+        "digest": lane.recipe.digest(),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in lane.model.state_dict().items()}
+    checkpoint.save(path, tensors, meta)
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A recipe trained again: its validation metrics, and how far they are from the stored ones.
+
+    ``largest_difference`` is None where no stored metrics were given.
+    """
+
+    lane: Lane
+    assessment: Assessment
+    largest_difference: float | None
+
+
+def retrain(
+    loaded: LoadedRecipe,
+    data: Data,
+    *,
+    device: str = "cpu",
+    stored: dict[str, Any] | None = None,
+    on_epoch: Any = lambda _: None,
+) -> Retrained:
+    """Train a recipe from start to end and compare with the metrics stored beside it.
+
+    Raises:
+        DataError: The data are not those the recipe was found with.
+    """
+    known = loaded.provenance.get("fingerprint")
+    if known and known != data.fingerprint:
+        raise DataError(
+            f"the data are not those the recipe was found with (fingerprint "
+            f"{data.fingerprint[:12]}, the recipe has {known[:12]}); use the same files, or "
+            "remove fingerprint from [provenance] to train on these"
+        )
+    torch.set_num_threads(1)
+    result = None
+    for result in epochs(loaded.recipe, data, device=device):
+        on_epoch(result)
+    assert result is not None, "a recipe has at least one epoch"
+    assessment = assess_validation(result.logits, data)
+    return Retrained(result.lane, assessment, _difference(assessment, stored))
+
+
+def _difference(assessment: Assessment, stored: dict[str, Any] | None) -> float | None:
+    if stored is None:
+        return None
+    pairs = [
+        (stored["validation"][kind][name], value)
+        for kind, metrics in (("raw", assessment.raw), ("adjusted", assessment.adjusted))
+        for name, value in metrics.items()
+    ]
+    return max(abs(a - b) if None not in (a, b) else float(a != b) for a, b in pairs)

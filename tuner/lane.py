@@ -1,0 +1,247 @@
+"""One trial in training: its model, optimizer, loss, samplers and random state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.checkpoint import (
+    flatten_optimizer,
+    restore_optimizer,
+)
+from tuner.datasets import Data, Images
+from tuner.recipe import Recipe
+from tuner.seeding import derive_seed, generator, seeded
+
+EVALUATION_BATCH = 512
+MAX_LOADERS = 4
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """State of a lane between two epochs, as tensors and JSON values."""
+
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+
+class Lane:
+    """Everything one recipe trains with; starts at epoch 0 with freshly seeded weights."""
+
+    def __init__(self, recipe: Recipe, data: Data, device: str) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.device = torch.device(device)
+        self.epoch = 0
+        self.stage = 0
+        self.noted: list[tuple[Tensor, Tensor]] = []
+        self.generator = generator(recipe.seed, "augment")
+        self.model = self._build_model()
+        self.loss = recipe.loss.build(data.class_counts).to(self.device)
+        self.samplers = [
+            component.build(
+                data.train.targets.cpu(),
+                seed=derive_seed(recipe.seed, "sampler", stage),
+                groups=data.groups,
+            )
+            for stage, component in enumerate(recipe.training.samplers(recipe.sampler))
+        ]
+        self.augment = recipe.augment.build(
+            data.image_shape,
+            mean=torch.tensor(data.mean),
+            std=torch.tensor(data.std),
+            class_counts=data.class_counts,
+            groups=data.groups,
+        )
+        self.train_targets = data.train.targets.to(self.device)
+        self.optimizer = self._build_optimizer()
+
+    def _build_model(self) -> nn.Module:
+        recipe, data = self.recipe, self.data
+        with seeded(recipe.seed, "weights"):
+            model = recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
+        self._set_head_bias(model)
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+
+    def _set_head_bias(self, model: nn.Module) -> None:
+        """Start a sigmoid-type loss at the prior 1/C (Cui et al. 2019)."""
+        bias = self.recipe.loss.head_bias(self.data.num_classes)
+        if bias is not None:
+            nn.init.constant_(model.head.bias, bias)  # type: ignore[arg-type, union-attr]
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        free = self.recipe.loss.head_bias(self.data.num_classes) is not None
+        optimizer = self.recipe.optimizer.build(self.model, no_decay=("head.bias",) if free else ())
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return optimizer  # type: ignore[no-any-return]
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]."""
+        return self.epoch / self.recipe.epochs
+
+    def begin_epoch(self) -> None:
+        """Enter the stage of the coming epoch and switch on what is deferred until now."""
+        stage = self.recipe.training.stage(self.progress)
+        if stage != self.stage:
+            self._enter_stage(stage)
+        self.loss.advance(self.progress)
+        self.loss.train()
+        self.model.train()
+        if self._classifier_only():
+            self.model.backbone.eval()
+
+    def _classifier_only(self) -> bool:
+        return self.stage > 0 and getattr(self.recipe.training, "classifier_only", False)
+
+    def _enter_stage(self, stage: int) -> None:
+        self.stage = stage
+        training = self.recipe.training
+        if training.reset_head:
+            with seeded(self.recipe.seed, "head", stage):
+                self.model.head.reset_parameters()  # type: ignore[operator, union-attr]
+            self._set_head_bias(self.model)
+        self._freeze()
+        if training.reset_head or training.classifier_only:
+            self.optimizer = self._build_optimizer()
+
+    def _freeze(self) -> None:
+        if self._classifier_only():
+            self.model.backbone.requires_grad_(False)
+
+    def plan(self) -> list[Tensor]:
+        """Indices of the coming epoch, batch by batch.
+
+        A last batch of one sample joins the one before it: batch norm cannot train on one.
+        """
+        indices = self.samplers[self.stage].epoch(self.progress)
+        batches = list(indices.split(self.recipe.training.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def images(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Indices and uint8 images (B, c, H, W) of every batch."""
+        yield from zip(batches, self._load(self.data.train.images, batches), strict=True)
+
+    def _load(self, images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Images of every batch; files are decoded ahead by processes of their own."""
+        workers = min(MAX_LOADERS, os.cpu_count() or 1)
+        return images.batches(batches, workers=workers, pin=self.device.type == "cuda")
+
+    def step(self, indices: Tensor, images: Tensor, *, share: float) -> Tensor:
+        """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
+        targets = self.train_targets[indices.to(self.device)]
+        self._set_learning_rate(share)
+        inputs, soft = self.augment(
+            images.to(self.device, non_blocking=True), targets, self.generator, self.progress
+        )
+        logits = self._forward(inputs)
+        if self.samplers[self.stage].needs_losses:
+            self._note_losses(indices, logits, targets)
+        loss: Tensor = self.loss(logits, soft)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+    def _note_losses(self, indices: Tensor, logits: Tensor, targets: Tensor) -> None:
+        losses = nn.functional.cross_entropy(logits.detach(), targets, reduction="none")
+        self.noted.append((indices, losses))
+
+    def end_epoch(self) -> None:
+        """Hand the epoch's losses to a sampler that asks for them, and count the epoch."""
+        if self.noted:
+            indices, losses = zip(*self.noted, strict=True)
+            self.samplers[self.stage].observe(torch.cat(indices), torch.cat(losses))
+            self.noted.clear()
+        self.epoch += 1
+
+    def _forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        half = self.recipe.training.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            logits: Tensor = self.model(inputs)
+        return logits.float()
+
+    def _set_learning_rate(self, share: float) -> None:
+        epoch, epochs = self.epoch + share, self.recipe.epochs
+        training = self.recipe.training
+        if self.stage > 0 and getattr(training, "restart_schedule", False):
+            first = next(e for e in range(epochs) if training.stage(e / epochs) == self.stage)
+            epoch, epochs = epoch - first, epochs - first
+        factor = self.recipe.schedule.factor(epoch, epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+    @torch.inference_mode()
+    def logits(self, images: Images) -> Tensor:
+        """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode."""
+        self.model.eval()
+        batches = torch.arange(len(images)).split(EVALUATION_BATCH)
+        parts = [
+            self._forward(self.augment.normalize(batch.to(self.device, non_blocking=True)))
+            for batch in self._load(images, batches)
+        ]
+        return torch.cat(parts).cpu()
+
+    def head_state(self) -> tuple[Tensor, Tensor]:
+        """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,)."""
+        head = self.model.head
+        weight = head.weight.detach().float().cpu()  # type: ignore[union-attr, operator]
+        bias = getattr(head, "bias", None)
+        norms = weight.norm(dim=1)
+        return norms, torch.zeros_like(norms) if bias is None else bias.detach().float().cpu()
+
+    def snapshot(self) -> Snapshot:
+        """Copy of everything that changes during training."""
+        optimizer, optimizer_meta = flatten_optimizer(self.optimizer)
+        tensors = {
+            **_prefixed("model", self.model.state_dict()),
+            **_prefixed("loss", self.loss.state_dict()),
+            **_prefixed("optimizer", optimizer),
+            "generator": self.generator.get_state(),
+        }
+        for stage, sampler in enumerate(self.samplers):
+            tensors |= _prefixed(f"sampler{stage}", sampler.state_dict())
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        meta = {"epoch": self.epoch, "stage": self.stage, "optimizer": optimizer_meta}
+        return Snapshot(copies, {**meta, "recipe": self.recipe.digest()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from ``snapshot``, which must come from the same recipe.
+
+        Raises:
+            ValueError: The snapshot belongs to another recipe.
+        """
+        if snapshot.meta["recipe"] != self.recipe.digest():
+            raise ValueError("the snapshot belongs to another recipe")
+        self.epoch, self.stage = snapshot.meta["epoch"], snapshot.meta["stage"]
+        self._freeze()
+        if self.stage > 0:
+            self.optimizer = self._build_optimizer()
+        tensors = snapshot.tensors
+        self.model.load_state_dict(_without_prefix("model", tensors))
+        self.loss.load_state_dict(_without_prefix("loss", tensors))
+        restore_optimizer(
+            self.optimizer, _without_prefix("optimizer", tensors), snapshot.meta["optimizer"]
+        )
+        self.generator.set_state(tensors["generator"])
+        for stage, sampler in enumerate(self.samplers):
+            sampler.load_state_dict(_without_prefix(f"sampler{stage}", tensors))
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

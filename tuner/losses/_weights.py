@@ -1,0 +1,49 @@
+"""Class weights as losses use them: power or effective number, capped, normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tuner.imbalance import (
+    WeightNormalization,
+    effective_number_weights,
+    normalize_weights,
+    power_weights,
+)
+
+
+def frequency_weights(
+    class_counts: Tensor,
+    power: float,
+    normalization: WeightNormalization = "samples",
+    max_weight: float | None = None,
+) -> Tensor:
+    """Weights n^-power, (C,) float64, none above ``max_weight`` times the median weight."""
+    weights = power_weights(class_counts, power)
+    if max_weight is not None:
+        weights = weights.clamp(max=max_weight * weights[weights > 0].quantile(0.5))
+    return normalize_weights(weights, class_counts, normalization)
+
+
+def class_balanced_weights(
+    class_counts: Tensor, beta: float, normalization: WeightNormalization = "samples"
+) -> Tensor:
+    """Weights 1 / E_n, (C,) float64 (Cui et al. 2019, equation 4); equal for β = 0."""
+    return normalize_weights(
+        effective_number_weights(class_counts, beta), class_counts, normalization
+    )
+
+
+def fitted_exponent(class_counts: Tensor, weights: Tensor) -> float:
+    """The w of the least-squares fit weights ∝ n^-w over the classes with samples.
+
+    0 where all classes have the same count: there is nothing to correct.
+    """
+    present = class_counts > 0
+    size = class_counts[present].to(torch.float64).log()
+    size = size - size.mean()
+    spread = size.square().sum()
+    if spread == 0:
+        return 0.0
+    return float(-(size * weights[present].log()).sum() / spread)

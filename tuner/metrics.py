@@ -1,0 +1,215 @@
+"""Every reported number, from one confusion matrix or one table of probabilities.
+
+Means over classes run over the classes that have evaluation images, and over no others: a
+class without images has no recall, so it neither counts as 0 nor as 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tuner.errors import DataError, NonFiniteError, UnknownNameError, unknown_name
+
+if TYPE_CHECKING:
+    from tuner.imbalance import Groups
+
+Direction = Literal["maximize", "minimize"]
+
+METRICS: Final[Mapping[str, Direction]] = {
+    "accuracy": "maximize",
+    "balanced_accuracy": "maximize",
+    "head_accuracy": "maximize",
+    "medium_accuracy": "maximize",
+    "tail_accuracy": "maximize",
+    "worst_class": "maximize",
+    "geometric_mean": "maximize",
+    "macro_f1": "maximize",
+    "nll": "minimize",
+    "ece": "minimize",
+    "classwise_ece": "minimize",
+}
+"""The metrics of ``evaluate`` by name, with the direction that is better."""
+
+RECALL_METRICS: Final = tuple(METRICS)[:5]
+"""The metrics that are a weighted mean of the recalls of the classes."""
+
+CALIBRATION_BINS: Final = 15
+
+
+def confusion_matrix(predictions: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Images by true class (rows) and predicted class (columns), (C, C) int64.
+
+    Raises:
+        ValueError: A class index lies outside 0 ... num_classes - 1.
+    """
+    for what, classes in (("prediction", predictions), ("target", targets)):
+        if classes.numel() and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+            raise ValueError(f"a {what} lies outside the classes 0 to {num_classes - 1}")
+    cells = targets.long() * num_classes + predictions.long()
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def recall_per_class(confusion: Tensor) -> Tensor:
+    """Share of each class's images that are predicted right, (C,) float64; NaN without images."""
+    table = confusion.to(torch.float64)
+    return table.diagonal() / table.sum(1)
+
+
+def accuracy(confusion: Tensor) -> float:
+    """Share of all images that are predicted right; NaN without images."""
+    table = confusion.to(torch.float64)
+    return float(table.trace() / table.sum())
+
+
+def balanced_accuracy(confusion: Tensor) -> float:
+    """Mean recall of the classes that have images; NaN without images."""
+    return float(_present_recalls(confusion).mean())
+
+
+def group_accuracy(confusion: Tensor, classes: Sequence[int]) -> float | None:
+    """Mean recall of those of ``classes`` that have images; None if none of them has any."""
+    recalls = recall_per_class(confusion)[list(classes)]
+    recalls = recalls[~recalls.isnan()]
+    return float(recalls.mean()) if recalls.numel() else None
+
+
+def worst_class(confusion: Tensor) -> float:
+    """Lowest recall of a class that has images; NaN without images."""
+    recalls = _present_recalls(confusion)
+    return float(recalls.min()) if recalls.numel() else math.nan
+
+
+def geometric_mean(confusion: Tensor) -> float:
+    """Geometric mean of the recalls of the classes that have images; 0 if one of them is 0."""
+    return float(_present_recalls(confusion).log().mean().exp())
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """Mean F1 of the classes that have images; NaN without images.
+
+    That is ``f1_score(..., labels=classes_with_images, average="macro")`` of scikit-learn.
+    Its default label set adds classes that are only predicted, each with an F1 of 0; here
+    such a prediction costs the true class recall, and nothing twice.
+    """
+    table = confusion.to(torch.float64)
+    true, predicted = table.sum(1), table.sum(0)
+    f1 = 2 * table.diagonal() / (true + predicted)
+    return float(f1[true > 0].mean())
+
+
+def nll(logits: Tensor, targets: Tensor) -> float:
+    """Mean negative log-likelihood of softmax(``logits``) (N, C), in nats.
+
+    Logarithms of probabilities are logits too; probabilities are not.
+    """
+    return float(F.cross_entropy(logits.to(torch.float64), targets))
+
+
+def ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error of the top label (Guo et al. 2017, equation 3), L1.
+
+    The bins have equal width and contain their upper edge.
+    """
+    confidence, predictions = probabilities.max(1, keepdim=True)
+    return _calibration_error(confidence, predictions == targets[:, None], bins)
+
+
+def classwise_ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """Calibration error of each class's probability over all images, averaged over classes.
+
+    Kull et al. 2019, equation 2, with the mean over the classes that have images.
+    """
+    images = torch.bincount(targets, minlength=probabilities.shape[1])
+    present = images.nonzero().flatten()
+    return _calibration_error(probabilities[:, present], targets[:, None] == present, bins)
+
+
+def confidence_bins(probabilities: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
+    """Index of the calibration bin (lower, upper] of each probability, int64, same shape."""
+    return (probabilities * bins).ceil_().long().sub_(1).clamp_(0, bins - 1)
+
+
+def evaluate(logits: Tensor, targets: Tensor, groups: Groups) -> dict[str, float | None]:
+    """Every metric of ``METRICS`` for ``logits`` (N, C) and ``targets`` (N,).
+
+    Computed in float64 on the CPU, so that equal logits give equal numbers on every device.
+    The accuracy of a group whose classes have no images is None.
+
+    Raises:
+        DataError: There are no images.
+        NonFiniteError: A logit is NaN or infinite; no number would mean anything then.
+    """
+    logits, targets = logits.detach().to("cpu", torch.float64), targets.cpu()
+    _refuse_unusable(logits)
+    confusion = confusion_matrix(logits.argmax(1), targets, logits.shape[1])
+    probabilities = logits.softmax(1)
+    named = {f"{name}_accuracy": classes for name, classes in groups.named().items()}
+    return {
+        "accuracy": accuracy(confusion),
+        "balanced_accuracy": balanced_accuracy(confusion),
+        **{name: group_accuracy(confusion, classes) for name, classes in named.items()},
+        "worst_class": worst_class(confusion),
+        "geometric_mean": geometric_mean(confusion),
+        "macro_f1": macro_f1(confusion),
+        "nll": nll(logits, targets),
+        "ece": ece(probabilities, targets),
+        "classwise_ece": classwise_ece(probabilities, targets),
+    }
+
+
+def recall_weights(metric: str, images: Tensor, groups: Groups | None = None) -> Tensor:
+    """Weights w of the classes such that the metric is Σ w_c·recall_c, (..., C) float64.
+
+    ``images`` (..., C) are the evaluation images of each class. The weights add up to 1, or
+    are all 0 where no class that counts has an image.
+
+    Raises:
+        UnknownNameError: ``metric`` is not one of ``RECALL_METRICS``.
+        ValueError: The metric is of a group and there are no ``groups``.
+    """
+    if metric not in RECALL_METRICS:
+        raise UnknownNameError(unknown_name("metric of recalls", metric, RECALL_METRICS))
+    shares = images.to(torch.float64)
+    if metric != "accuracy":
+        shares = (shares > 0).to(torch.float64)
+    if metric not in ("accuracy", "balanced_accuracy"):
+        if groups is None:
+            raise ValueError(f"{metric} needs the groups of the classes")
+        members = torch.zeros_like(shares)
+        members[..., list(groups.named()[metric.removesuffix("_accuracy")])] = 1
+        shares = shares * members
+    return shares / shares.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _present_recalls(confusion: Tensor) -> Tensor:
+    recalls = recall_per_class(confusion)
+    return recalls[~recalls.isnan()]
+
+
+def _calibration_error(probabilities: Tensor, hits: Tensor, bins: int) -> float:
+    """Mean over columns of Σ_bins |Σ (probability - hit)| / N, from (N, K) tables."""
+    columns = torch.arange(probabilities.shape[1], device=probabilities.device) * bins
+    cells = confidence_bins(probabilities, bins) + columns
+    gaps = torch.bincount(
+        cells.flatten(),
+        weights=(probabilities.to(torch.float64) - hits.to(torch.float64)).flatten(),
+        minlength=bins * probabilities.shape[1],
+    )
+    return float(gaps.abs().sum() / probabilities.numel())
+
+
+def _refuse_unusable(logits: Tensor) -> None:
+    if logits.shape[0] == 0:
+        raise DataError("there are no images to evaluate; give the data set an evaluation part")
+    broken = ~logits.isfinite().all(1)
+    if bool(broken.any()):
+        raise NonFiniteError(
+            f"{int(broken.sum())} of {len(broken)} images have a logit that is NaN or infinite "
+            f"(first: image {int(broken.nonzero()[0])}); the training diverged"
+        )

@@ -1,0 +1,71 @@
+"""When a trial is given up: compared at equal schedule fraction, with confidence bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from tuner.statistics import wilson
+
+MARGIN = 0.05
+MIN_PEERS = 4
+MIN_COMPLETE_PER_LOSS = 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A trial's objective after each epoch, in [0, 1], as far as it got.
+
+    ``settled`` is the progress from which its warm-up is over and its deferred parts act.
+    """
+
+    loss: str
+    values: tuple[float, ...]
+    epochs: int
+    settled: float
+    complete: bool
+
+    def at(self, progress: float) -> float | None:
+        """Value at a share of the training; None if it was not reached or not yet settled."""
+        epoch = round(progress * self.epochs) - 1
+        if progress < self.settled + MARGIN or not 0 <= epoch < len(self.values):
+            return None
+        return self.values[epoch]
+
+
+def is_behind(curve: Curve, peers: Sequence[Curve], *, images: int, after: float) -> bool:
+    """Whether the trial is so far behind its peers that noise does not explain it.
+
+    True when, after each of the last two epochs, the upper 95 % Wilson bound of its value over
+    ``images`` evaluation images is below the peers' median, or below the lower bound of the
+    best peer. Never before the share ``after`` of the training, before warm-up and deferred
+    parts, with fewer than four peers, or while two trials of its loss are not yet complete.
+    """
+    of_this_loss = sum(peer.complete and peer.loss == curve.loss for peer in peers)
+    if of_this_loss < MIN_COMPLETE_PER_LOSS or len(curve.values) < 2:
+        return False
+    last = len(curve.values)
+    return all(
+        epoch / curve.epochs >= after
+        and _behind_at(curve, epoch / curve.epochs, peers, max(images, 1))
+        for epoch in (last - 1, last)
+    )
+
+
+def _behind_at(curve: Curve, progress: float, peers: Sequence[Curve], images: int) -> bool:
+    value = curve.at(progress)
+    others = [v for peer in peers if (v := peer.at(progress)) is not None]
+    if value is None or len(others) < MIN_PEERS:
+        return False
+    upper = wilson(value * images, images).high
+    return upper < max(median(others), wilson(max(others) * images, images).low)
+
+
+def is_at_chance(balanced_accuracy: float, num_classes: int, images: int, progress: float) -> bool:
+    """Whether a trial past 30 % of its training still guesses.
+
+    True when its balanced accuracy is at most one of ``images`` above 1 / C, which is what
+    predicting a single class gives.
+    """
+    return progress >= 0.3 and balanced_accuracy <= 1 / num_classes + 1 / max(images, 1)

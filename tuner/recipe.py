@@ -1,0 +1,166 @@
+"""One trial's resolved choice: what is trained, on what and how; frozen, TOML both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from tuner.augment import AUGMENTS
+from tuner.datasets import DATASETS
+from tuner.errors import StudyFileError, unknown_name
+from tuner.imbalance import Groups, total_correction
+from tuner.losses import LOSSES
+from tuner.models import MODELS
+from tuner.optim import OPTIMIZERS
+from tuner.registry import Registry
+from tuner.samplers import SAMPLERS
+from tuner.schedules import SCHEDULES
+from tuner.training import TRAININGS
+
+PARTS: dict[str, Registry[Any]] = {
+    "data": DATASETS,
+    "model": MODELS,
+    "loss": LOSSES,
+    "sampler": SAMPLERS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "augment": AUGMENTS,
+    "training": TRAININGS,
+}
+DEFAULTS = {
+    "loss": "cross_entropy",
+    "sampler": "natural",
+    "optimizer": "sgd",
+    "schedule": "cosine",
+    "augment": "none",
+    "training": "single_stage",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The fully resolved choice of one trial; every part is a registered component."""
+
+    data: Any
+    model: Any
+    loss: Any
+    sampler: Any
+    optimizer: Any
+    schedule: Any
+    augment: Any
+    training: Any
+    epochs: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: ``epochs``, ``seed`` and one table with a ``name`` per part."""
+        tables = {part: dump_component(part, getattr(self, part)) for part in PARTS}
+        return {"epochs": self.epochs, "seed": self.seed, **tables}
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text; ``Recipe.from_dict(tomllib.loads(text))`` reads it back."""
+        return tomli_w.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+        """Build a recipe from plain values; parts other than data and model have defaults.
+
+        Raises:
+            StudyFileError: A part, key or value is unknown, missing or out of bounds.
+        """
+        known = {*PARTS, "epochs", "seed"}
+        for key in values:
+            if key not in known:
+                raise StudyFileError(f"{where}: {unknown_name('key', key, known)}")
+        parts = {part: parse_part(part, values.get(part), where=where) for part in PARTS}
+        epochs, seed = values.get("epochs"), values.get("seed", 0)
+        if not isinstance(epochs, int) or epochs < 1:
+            raise StudyFileError(f"{where}: epochs = {epochs!r} must be a whole number >= 1")
+        if not isinstance(seed, int) or seed < 0:
+            raise StudyFileError(f"{where}: seed = {seed!r} must be a whole number >= 0")
+        return cls(**parts, epochs=epochs, seed=seed)
+
+    def canonical(self) -> Recipe:
+        """The simplest recipe that trains to the same numbers (same digest = same training)."""
+        simpler = {
+            part: getattr(self, part).canonical()
+            for part in PARTS
+            if hasattr(getattr(self, part), "canonical")
+        }
+        return replace(self, **simpler)
+
+    def digest(self) -> str:
+        """Hash of the canonical recipe, 16 hex digits; equal for equivalent recipes."""
+        text = json.dumps(self.canonical().to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def correction(self, class_counts: Tensor, groups: Groups) -> float:
+        """Total correction κ = s + w of sampler and loss, before any post-hoc adjustment."""
+        sampler = self.training.samplers(self.sampler)[-1]
+        return total_correction(
+            sampler.exponent_share(class_counts, groups),
+            self.loss.weight_exponent(class_counts),
+            0.0,
+        )
+
+    def settled(self) -> float:
+        """Progress from which warm-up is over and every deferred part acts, in [0, 1)."""
+        starts = [getattr(self.loss, "start", 0.0), getattr(self.sampler, "start", 0.0)]
+        warm = self.schedule.warmup_end(self.epochs)
+        return float(max(warm, self.training.stage_start(), *starts))
+
+
+def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> Any:
+    """Component of one part from its table, ``name`` included; None takes the default.
+
+    Raises:
+        StudyFileError: The table has no name and no default, or does not validate.
+    """
+    if values is None:
+        if part not in DEFAULTS:
+            raise StudyFileError(
+                f"{where}: [{part}] is missing; add [{part}] with a name, one of: "
+                + ", ".join(sorted(PARTS[part]))
+            )
+        return PARTS[part][DEFAULTS[part]]()
+    if not isinstance(values, Mapping):
+        raise StudyFileError(f"{where}: {part} must be a table with a name, not {values!r}")
+    rest = dict(values)
+    name = rest.pop("name", DEFAULTS.get(part))
+    if name is None:
+        known = ", ".join(sorted(PARTS[part]))
+        raise StudyFileError(f"{where}: [{part}] has no name; one of: {known}")
+    return PARTS[part].parse(name, rest, where=f"{where}: {part}")
+
+
+def dump_component(part: str, instance: Any) -> dict[str, Any]:
+    """Plain values of a component with its registered name; unset (None) keys are left out."""
+    adapter = TypeAdapter(type(instance))
+    values = adapter.dump_python(instance, mode="json", exclude_none=True)
+    return {"name": PARTS[part].name_of(instance), **values}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        StudyFileError: The file is missing, unreadable or no TOML; the line is named.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyFileError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StudyFileError(f"{path}: not valid TOML: {error}") from None

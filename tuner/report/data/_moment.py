@@ -1,0 +1,111 @@
+"""A study as it was at one moment, and what every view of it asks of a trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from optuna.trial import FrozenTrial, TrialState
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from tuner.session import Session
+
+State = Literal["complete", "duplicate", "pruned", "failed", "running", "waiting"]
+
+
+@dataclass(frozen=True)
+class _StillStudy:
+    """Stands in for a study that others are writing to."""
+
+    trials: list[FrozenTrial]
+    user_attrs: dict[str, Any]
+
+    @cached_property
+    def _complete(self) -> list[FrozenTrial]:
+        return [t for t in self.trials if t.state == TrialState.COMPLETE]
+
+    def get_trials(
+        self, deepcopy: bool = False, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        if states == (TrialState.COMPLETE,):
+            return self._complete
+        return [t for t in self.trials if states is None or t.state in states]
+
+
+def still(session: Session) -> Session:
+    """The session with its study read once, so that everything taken from it fits together."""
+    if isinstance(session.study, _StillStudy):
+        return session
+    study = _StillStudy(session.trials(), dict(session.study.user_attrs))
+    return replace(session, study=cast("Study", study))
+
+
+def started(session: Session) -> list[FrozenTrial]:
+    """The trials that a worker has begun, by number; ``settled`` is the last fact it notes."""
+    waiting = TrialState.WAITING
+    return [t for t in session.trials() if t.state != waiting and "settled" in t.user_attrs]
+
+
+def state_of(trial: FrozenTrial) -> State:
+    """A trial's state; a copy of a known result is a duplicate, not one more result."""
+    if trial.state == TrialState.COMPLETE:
+        return "duplicate" if "duplicate_of" in trial.user_attrs else "complete"
+    names: dict[TrialState, State] = {
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+        TrialState.RUNNING: "running",
+    }
+    return names.get(trial.state, "waiting")
+
+
+def value_of(trial: FrozenTrial) -> float | None:
+    """The objective at the end, or after the last epoch so far; None if there is no number."""
+    if trial.state == TrialState.COMPLETE:
+        return number(trial.value)
+    if not trial.intermediate_values:
+        return None
+    return number(trial.intermediate_values[max(trial.intermediate_values)])
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a finite float; None for everything else."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def loss_of(trial: FrozenTrial) -> str:
+    """The registered name of the loss a trial was trained with."""
+    return str(trial.user_attrs.get("loss", "unknown"))
+
+
+def summary_of(trial: FrozenTrial) -> str:
+    """What was chosen for a trial, in one line: loss, sampler and the searched values."""
+    attrs = trial.user_attrs
+    values = [
+        f"{name.rpartition('.')[2]} {value:.3g}"
+        if isinstance(value, float)
+        else f"{name.rpartition('.')[2]} {value}"
+        for name, value in trial.params.items()
+        if "." in name
+    ]
+    names = [str(attrs[part]) for part in ("loss", "sampler") if part in attrs]
+    return ", ".join(names + values)
+
+
+def kind_of(session: Session) -> Literal["adjusted", "raw"]:
+    """Which of a trial's metrics the study judges by."""
+    return "adjusted" if session.file.objective.adjusted else "raw"
+
+
+def baseline_value(session: Session) -> float | None:
+    """The objective of plain cross-entropy as it is, without any adjustment."""
+    baseline = session.baseline()
+    if baseline is None:
+        return None
+    return number(baseline.user_attrs["metrics"]["raw"].get(session.file.objective.metric))

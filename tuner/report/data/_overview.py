@@ -1,0 +1,124 @@
+"""What a study is about: its data, its goal, its trials by state, and its best recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial
+
+from tuner.report.data._moment import number, state_of, still
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """A group of classes: how many, and their training images."""
+
+    name: str
+    classes: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a recipe; ``searched`` when the study chose it."""
+
+    part: str
+    key: str
+    value: Any
+    searched: bool
+
+
+@dataclass(frozen=True)
+class BestRecipe:
+    """The best trial's recipe and the strength of logit adjustment to use it with."""
+
+    number: int
+    value: float | None
+    feasible: bool
+    tau: float | None
+    kappa: float | None
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class OverviewData:
+    """Facts of a study; images are counted per part, None where there is no such part yet."""
+
+    name: str
+    metric: str
+    adjusted: bool
+    floor: tuple[str, float] | None
+    states: dict[str, int]
+    budget: int
+    classes: int
+    training: int
+    validation: int
+    test: int | None
+    imbalance_ratio: float | None
+    groups: tuple[GroupSize, ...]
+    warnings: tuple[str, ...]
+    fingerprint: str
+    version: str
+    best: BestRecipe | None
+
+
+def overview_data(session: Session) -> OverviewData:
+    """Collect the facts of a study."""
+    session = still(session)
+    attrs, objective, best = session.study.user_attrs, session.file.objective, session.best()
+    counts: list[int] = attrs.get("class_counts", [])
+    present = [count for count in counts if count > 0]
+    verdict = attrs.get("verdict") or {}
+    return OverviewData(
+        name=session.file.name,
+        metric=objective.metric,
+        adjusted=objective.adjusted,
+        floor=(objective.floor.metric, objective.floor.drop) if objective.floor else None,
+        states=dict(Counter(state_of(trial) for trial in session.trials())),
+        budget=session.file.trials(),
+        classes=len(counts),
+        training=sum(counts),
+        validation=sum(attrs.get("validation_counts", [])),
+        test=sum(verdict["counts"]) if verdict.get("part") == "test" else None,
+        imbalance_ratio=max(present) / min(present) if present else None,
+        groups=tuple(
+            GroupSize(name, len(members), sum(counts[c] for c in members))
+            for name, members in attrs.get("groups", {}).items()
+        ),
+        warnings=tuple(attrs.get("warnings", [])),
+        fingerprint=attrs.get("fingerprint", ""),
+        version=attrs.get("tuner_version", ""),
+        best=None if best is None else _best(session, best),
+    )
+
+
+def _best(session: Session, trial: FrozenTrial) -> BestRecipe:
+    attrs = trial.user_attrs
+    return BestRecipe(
+        number=trial.number,
+        value=number(trial.value),
+        feasible=session.keeps_floor(trial),
+        tau=number(attrs.get("tau")) if session.file.objective.adjusted else 0.0,
+        kappa=number(attrs.get("kappa")),
+        settings=tuple(_settings(attrs["recipe"], trial)),
+    )
+
+
+def _settings(recipe: dict[str, Any], trial: FrozenTrial) -> Iterator[Setting]:
+    """Values of a recipe part by part: the component's name, then its hyperparameters."""
+    searched = {} if trial.user_attrs.get("baseline") else trial.params
+    for part, values in recipe.items():
+        if not isinstance(values, dict):
+            yield Setting("training run", part, values, False)
+            continue
+        name = values["name"]
+        yield Setting(part, "", name, part in searched)
+        for key, value in values.items():
+            if key != "name":
+                yield Setting(part, key, value, f"{part}.{name}.{key}" in searched)

@@ -1,0 +1,91 @@
+"""Numbers in plain words, the same on the page and in its figures."""
+
+from __future__ import annotations
+
+from html import escape
+
+from tuner.report.data import Difference, Estimate
+
+LABELS = {
+    "accuracy": "overall accuracy",
+    "worst_class": "recall of the worst class",
+    "geometric_mean": "geometric mean of recalls",
+    "macro_f1": "macro F1",
+    "nll": "negative log-likelihood",
+    "ece": "calibration error",
+    "classwise_ece": "class-wise calibration error",
+}
+
+
+def label(metric: str) -> str:
+    """A metric's name for people."""
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def capital(text: str) -> str:
+    """The text with its first letter in upper case, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is read in percent."""
+    return metric != "nll"
+
+
+def amount(metric: str, value: float | None) -> str:
+    """A metric's value with its unit."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
+
+
+def estimate(metric: str, found: Estimate | None) -> str:
+    """A value with its interval: ``61.3 % (57.0 to 65.4)``."""
+    if found is None:
+        return "no images to tell"
+    if found.low is None or found.high is None:
+        return amount(metric, found.value)
+    return f"{amount(metric, found.value)} ({_bare(metric, found.low)} to {_bare(metric, found.high)})"
+
+
+def difference(metric: str, found: Difference | None, part: str) -> str:
+    """What can be said about a difference, and no more: better, worse or not to be told."""
+    if found is None:
+        return "not compared"
+    low, high = _bare(metric, found.low), _bare(metric, found.high)
+    if found.outcome == "unclear":
+        middle = _bare(metric, found.estimate)
+        return f"no difference that this {part} part can show ({middle} points, {low} to {high})"
+    size = _bare(metric, abs(found.estimate))
+    if found.estimate < 0:
+        low, high = _bare(metric, -found.high), _bare(metric, -found.low)
+    return f"{found.outcome} by {size} points ({low} to {high})"
+
+
+def p_value(found: Difference | None) -> str:
+    """The p-value to three places: ``p = 0.012``."""
+    if found is None:
+        return ""
+    return "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: ``1 trial``, ``2,000 trials``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def in_figure(text: str) -> str:
+    """Text as plotly shall show it: its labels are a small HTML, in which names stay names."""
+    return escape(text, quote=False)
+
+
+def _bare(metric: str, value: float) -> str:
+    number = 100 * value if is_share(metric) else value
+    return f"{number:.1f}" if is_share(metric) else f"{number:.3f}"

@@ -1,0 +1,294 @@
+"""The rung that trains everything: one ticket in, its result in the storage."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tuner import artifacts
+from tuner.datasets import Data
+from tuner.errors import NonFiniteError
+from tuner.evaluation import Assessment, assess_validation, extras
+from tuner.losses import LOSSES
+from tuner.pruning import Curve, is_at_chance, is_behind
+from tuner.recipe import PARTS, Recipe
+from tuner.samplers import SAMPLERS
+from tuner.seeding import derive_seed
+from tuner.session import Session, requeue
+from tuner.trainer import EpochResult, epochs
+from tuner.training import TRAININGS
+
+CHECKPOINT_SECONDS = 10.0
+
+State = Literal["complete", "duplicate", "pruned", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended: its state, the reason unless it is complete, and its value if any."""
+
+    number: int
+    state: State
+    reason: str | None = None
+    detail: str | None = None
+    value: float | None = None
+
+
+def run(
+    session: Session,
+    trial: Trial,
+    data: Data,
+    *,
+    device: str,
+    stop: Callable[[], bool],
+    on_epoch: Callable[[Trial, EpochResult, float], None] = lambda *_: None,
+) -> Outcome:
+    """Train the trial of a ticket and write its result into the storage.
+
+    A trial that was interrupted goes on from its checkpoint. A recipe equivalent to one that
+    is complete is not trained again: it gets that trial's result. When ``stop`` says so, the
+    epoch is finished, the state is kept, and the trial goes back into the queue.
+    """
+    recipe = resolve(session, trial, data)
+    known = _equivalent(session, recipe, trial.number)
+    if known is not None:
+        return _copy(session, trial, known)
+    training = _Training(session, trial, data, recipe, device)
+    try:
+        return training.run(stop, on_epoch)
+    except NonFiniteError as error:
+        return _end(session, trial, "pruned", "not_finite", str(error))
+    except torch.OutOfMemoryError as error:
+        return _end(session, trial, "failed", "out_of_memory", str(error))
+    except Exception:
+        return _end(session, trial, "failed", "code_error", traceback.format_exc())
+    except BaseException:
+        requeue(session, trial._trial_id)
+        raise
+
+
+def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
+    """Recipe of a trial, live or stored; the plain one for the baseline.
+
+    With ``data`` given, the recipe and what follows from it are noted in the trial.
+    """
+    recipe = replace(session.file.space.suggest(trial), data=session.file.data)
+    if trial.user_attrs.get("baseline"):
+        recipe = plain(recipe)
+    if data is not None:
+        facts = {
+            "recipe": recipe.to_dict(),
+            "digest": recipe.digest(),
+            "loss": LOSSES.name_of(recipe.loss),
+            "sampler": SAMPLERS.name_of(recipe.sampler),
+            "kappa": recipe.correction(data.class_counts, data.groups),
+            "epochs": recipe.epochs,
+            "settled": recipe.settled(),
+        }
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+    return recipe
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """The same training with plain cross-entropy and natural sampling in one stage."""
+    training = TRAININGS["single_stage"](
+        batch_size=recipe.training.batch_size, precision=recipe.training.precision
+    )
+    loss, sampler = PARTS["loss"]["cross_entropy"](), SAMPLERS["natural"]()
+    return replace(recipe, loss=loss, sampler=sampler, training=training)
+
+
+def _equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:
+    digest = recipe.digest()
+    for trial in session.trials(TrialState.COMPLETE):
+        attrs = trial.user_attrs
+        if attrs.get("digest") == digest and "duplicate_of" not in attrs and trial.number != number:
+            return trial
+    return None
+
+
+def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
+    for key in ("metrics", "tau", "extras"):
+        trial.set_user_attr(key, known.user_attrs[key])
+    trial.set_user_attr("duplicate_of", known.number)
+    _constrain(session, trial, known.user_attrs["metrics"])
+    trial.report(known.value, step=known.user_attrs["epochs"] - 1)
+    session.study.tell(trial, known.value)
+    return Outcome(trial.number, "duplicate", value=known.value)
+
+
+def _constrain(session: Session, trial: Trial, metrics: dict[str, Any]) -> None:
+    violation = session.floor_violation(metrics)
+    if violation is not None and not trial.user_attrs.get("baseline"):
+        trial.set_constraint("floor", violation)
+
+
+def _end(
+    session: Session, trial: Trial, state: State, reason: str, detail: str | None = None
+) -> Outcome:
+    trial.set_user_attr("reason", reason)
+    if detail:
+        trial.set_user_attr("detail", detail[-4000:])
+    artifacts.drop_checkpoint(session.trial_folder(trial.number))
+    final = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
+    session.study.tell(trial, state=final)
+    return Outcome(trial.number, state, reason, detail)
+
+
+class _Training:
+    """One trial while it trains: reports, prunes, keeps checkpoints, writes the result."""
+
+    def __init__(
+        self, session: Session, trial: Trial, data: Data, recipe: Recipe, device: str
+    ) -> None:
+        self.session, self.trial, self.data = session, trial, data
+        self.recipe, self.device = recipe, device
+        self.folder = session.trial_folder(trial.number)
+        self.values = self._reported()
+        self.seconds = float(trial.user_attrs.get("seconds", 0.0))
+        self.spared = self._is_spared()
+
+    def _reported(self) -> dict[int, float]:
+        frozen = self.session.study._storage.get_trial(self.trial._trial_id)
+        return dict(frozen.intermediate_values)
+
+    def _is_spared(self) -> bool:
+        search = self.session.file.search
+        draw = derive_seed(search.seed, "control", self.trial.number) % 10_000
+        baseline = bool(self.trial.user_attrs.get("baseline"))
+        return baseline or search.pruner == "none" or draw < search.control * 10_000
+
+    def run(
+        self,
+        stop: Callable[[], bool],
+        on_epoch: Callable[[Trial, EpochResult, float], None],
+    ) -> Outcome:
+        """Train epoch by epoch until the end, a verdict, or a request to stop."""
+        resume = artifacts.load_checkpoint(self.folder)
+        self.trial.set_user_attr("device", self.device)
+        saved = time.monotonic()
+        for result in epochs(self.recipe, self.data, device=self.device, resume=resume):
+            assessment = assess_validation(result.logits, self.data)
+            value = self._report(result, assessment)
+            on_epoch(self.trial, result, value)
+            if result.epoch + 1 == self.recipe.epochs:
+                return self._complete(result, assessment, value)
+            reason = self._verdict(result, assessment)
+            if reason:
+                return self._prune(reason, assessment)
+            stopping = stop()
+            if stopping or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self._keep(result)
+                saved = time.monotonic()
+            if stopping:
+                requeue(self.session, self.trial._trial_id)
+                return Outcome(self.trial.number, "interrupted")
+        raise RuntimeError(f"trial {self.trial.number} was at its last epoch already")
+
+    def _keep(self, result: EpochResult) -> None:
+        artifacts.save_checkpoint(self.folder, result.snapshot())
+        self.trial.set_user_attr("seconds", self.seconds)
+
+    def _report(self, result: EpochResult, assessment: Assessment) -> float:
+        objective = self.session.file.objective
+        value = assessment.value(objective.metric, adjusted=objective.adjusted)
+        self.seconds += result.seconds
+        if result.epoch not in self.values:
+            self.trial.report(value, step=result.epoch)
+        self.values[result.epoch] = value
+        return value
+
+    def _verdict(self, result: EpochResult, assessment: Assessment) -> str | None:
+        """Why the trial is given up now; None to go on."""
+        data = self.data
+        images = len(data.validation.targets)
+        best = max(m["balanced_accuracy"] or 0.0 for m in (assessment.raw, assessment.adjusted))
+        if is_at_chance(best, data.num_classes, images, result.progress):
+            return None if self.trial.user_attrs.get("baseline") else "chance"
+        if not self._is_behind(result.epoch):
+            return None
+        if self.spared:
+            if "would_prune_at" not in self.trial.user_attrs:
+                self.trial.set_user_attr("would_prune_at", result.epoch)
+            return None
+        return "behind"
+
+    def _is_behind(self, epoch: int) -> bool:
+        search, objective = self.session.file.search, self.session.file.objective
+        progress = (epoch + 1) / self.recipe.epochs
+        if progress < max(search.prune_after, self.recipe.settled()):
+            return False
+        if objective.metric in ("nll", "ece", "classwise_ece"):
+            return False
+        counts = self.data.validation.targets.bincount(minlength=self.data.num_classes)
+        group = getattr(self.data.groups, objective.metric.removesuffix("_accuracy"), None)
+        images = int(counts.sum() if group is None else counts[list(group)].sum())
+        own = Curve(
+            loss=LOSSES.name_of(self.recipe.loss),
+            values=tuple(self.values[e] for e in range(epoch + 1)),
+            epochs=self.recipe.epochs,
+            settled=self.recipe.settled(),
+            complete=False,
+        )
+        return is_behind(own, self._peers(), images=images, after=search.prune_after)
+
+    def _peers(self) -> list[Curve]:
+        peers = self.session.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        return [
+            Curve(
+                loss=peer.user_attrs["loss"],
+                values=tuple(v for _, v in sorted(peer.intermediate_values.items())),
+                epochs=peer.user_attrs["epochs"],
+                settled=peer.user_attrs["settled"],
+                complete=peer.state == TrialState.COMPLETE,
+            )
+            for peer in peers
+            if peer.number != self.trial.number
+            and "settled" in peer.user_attrs
+            and "duplicate_of" not in peer.user_attrs
+        ]
+
+    def _prune(self, reason: str, assessment: Assessment) -> Outcome:
+        self.trial.set_user_attr("metrics", _metrics(assessment))
+        self.trial.set_user_attr("seconds", self.seconds)
+        return _end(self.session, self.trial, "pruned", reason)
+
+    def _complete(self, result: EpochResult, assessment: Assessment, value: float) -> Outcome:
+        norms, bias = result.lane.head_state()
+        targets = self.data.validation.targets.cpu()
+        facts = {
+            "metrics": _metrics(assessment),
+            "tau": assessment.tau,
+            "extras": extras(result.logits, norms, bias, targets, self.data.groups),
+            "train_loss": result.train_loss,
+            "seconds": self.seconds,
+            "samples_per_second": result.samples / result.seconds,
+        }
+        for key, fact in facts.items():
+            self.trial.set_user_attr(key, fact)
+        artifacts.save_validation(self.folder, result.logits, targets, norms, bias)
+        _constrain(self.session, self.trial, facts["metrics"])  # type: ignore[arg-type]
+        self.session.study.tell(self.trial, value)
+        self._keep_weights(result)
+        artifacts.drop_checkpoint(self.folder)
+        return Outcome(self.trial.number, "complete", value=value)
+
+    def _keep_weights(self, result: EpochResult) -> None:
+        """Keep the weights of the best trial so far and of the baseline, no others."""
+        best, baseline = self.session.best(), self.session.baseline()
+        keep = {trial.number for trial in (best, baseline) if trial is not None}
+        if self.trial.number in keep:
+            meta = {"digest": self.recipe.digest()}
+            artifacts.save_weights(self.folder, result.lane.model, meta)
+            artifacts.keep_weights_only_of(self.session.folder, keep)
+
+
+def _metrics(assessment: Assessment) -> dict[str, Any]:
+    return {"raw": assessment.raw, "adjusted": assessment.adjusted}

@@ -1,0 +1,161 @@
+"""Ranges of a study file → a recipe, by asking a trial; the only bridge between the two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from tuner.entries import Choice, Entry, Fixed, Suggester, parse_entry
+from tuner.errors import StudyFileError, unknown_name
+from tuner.recipe import DEFAULTS, PARTS, Recipe, dump_component, parse_part
+
+Branches = dict[str, dict[str, Entry]]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a study searches: for every part its possible components and their entries."""
+
+    parts: dict[str, Branches]
+    epochs: int
+    seed: int
+
+    def suggest(self, trial: Suggester) -> Recipe:
+        """Ask ``trial`` for every open choice and build the recipe."""
+        chosen = {part: self._suggest_part(trial, part) for part in PARTS}
+        values = {"epochs": self.epochs, "seed": self.seed, **chosen}
+        return Recipe.from_dict(values, where="space")
+
+    def _suggest_part(self, trial: Suggester, part: str) -> dict[str, Any]:
+        branches = self.parts[part]
+        names = list(branches)
+        name = trial.suggest_categorical(part, names) if len(names) > 1 else names[0]
+        prefix = f"{part}.{name}"
+        entries = branches[name].items()
+        return {"name": name, **{k: e.suggest(trial, f"{prefix}.{k}") for k, e in entries}}
+
+    def defaults(self, **names: str) -> dict[str, Any]:
+        """Optuna parameters of the published defaults, with the given component per part.
+
+        Parts that are not named take the plain component (natural sampling, one stage, …)
+        where the space offers it, else their first one.
+        """
+        params: dict[str, Any] = {}
+        for part, branches in self.parts.items():
+            name = names.get(part) or _plain(part, branches)
+            if len(branches) > 1:
+                params[part] = name
+            for key, entry in branches[name].items():
+                value = entry.default(default_of(PARTS[part][name], key))
+                if value is not None:
+                    params[f"{part}.{name}.{key}"] = value
+        return params
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the open choices, branch by branch, as Optuna parameters.
+
+        Raises:
+            StudyFileError: A range has no step.
+        """
+        per_part = [list(self._part_grid(part)) for part in self.parts]
+        for combination in itertools.product(*per_part):
+            yield {k: v for params in combination for k, v in params.items()}
+
+    def _part_grid(self, part: str) -> Iterator[dict[str, Any]]:
+        for name, entries in self.parts[part].items():
+            own = {part: name} if len(self.parts[part]) > 1 else {}
+            open_ = {k: e for k, e in entries.items() if not isinstance(e, Fixed)}
+            try:
+                axes = [entry.grid() for entry in open_.values()]
+            except StudyFileError as error:
+                raise StudyFileError(f"space.{part}.{name}: {error}") from None
+            keys = [f"{part}.{name}.{key}" for key in open_]
+            for values in itertools.product(*axes):
+                yield {**own, **dict(zip(keys, values, strict=True))}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The searched hyperparameters as (name, what it ranges over), for people."""
+        rows = []
+        for part, branches in self.parts.items():
+            if len(branches) > 1:
+                rows.append((part, "one of " + ", ".join(branches)))
+            for name, entries in branches.items():
+                open_ = ((k, e) for k, e in entries.items() if not isinstance(e, Fixed))
+                rows += [(f"{part}.{name}.{key}", str(entry)) for key, entry in open_]
+        return rows
+
+
+def _plain(part: str, branches: Branches) -> str:
+    return DEFAULTS[part] if DEFAULTS.get(part) in branches else next(iter(branches))
+
+
+def default_of(cls: type[Any], key: str) -> Any:
+    """Default of a component's hyperparameter; None when it has none."""
+    for field in fields(cls):
+        if field.name == key:
+            default = field.default
+            if isinstance(default, FieldInfo):
+                default = default.default
+            return None if default is MISSING else default
+    return None
+
+
+def parse_space(
+    tables: Mapping[str, Any], fixed: Mapping[str, Any], *, epochs: int, seed: int, where: str
+) -> Space:
+    """Read ``[space.<part>.<name>]`` tables, and the fixed parts beside them.
+
+    Raises:
+        StudyFileError: A part, component or key is unknown, a part is given twice, or a value
+            does not fit its hyperparameter.
+    """
+    for part in tables:
+        if part not in PARTS or part == "data":
+            known = [p for p in PARTS if p != "data"]
+            raise StudyFileError(f"{where}: {unknown_name('part', part, known)}")
+        if part in fixed:
+            raise StudyFileError(
+                f"{where}: [{part}] and [space.{part}] are both given; keep one of them"
+            )
+    parts = {}
+    for part in PARTS:
+        if part in tables:
+            parts[part] = _parse_branches(part, tables[part], f"{where}: space.{part}")
+        else:
+            values = dump_component(part, parse_part(part, fixed.get(part), where=where))
+            name = values.pop("name")
+            parts[part] = {name: {key: Fixed(value) for key, value in values.items()}}
+    return Space(parts, epochs, seed)
+
+
+def _parse_branches(part: str, tables: Any, where: str) -> Branches:
+    if not isinstance(tables, Mapping) or not tables:
+        raise StudyFileError(f"{where}: must hold one table per component, [space.{part}.<name>]")
+    branches: Branches = {}
+    for name, entries in tables.items():
+        if name not in PARTS[part]:
+            raise StudyFileError(f"{where}: {unknown_name(part, name, PARTS[part])}")
+        if not isinstance(entries, Mapping):
+            raise StudyFileError(
+                f"{where}.{name} = {entries!r}: must be a table; write [space.{part}.<name>] "
+                f"with the component's name, or [{part}] for a fixed one"
+            )
+        cls = PARTS[part][name]
+        branches[name] = {k: parse_entry(cls, k, v, f"{where}.{name}") for k, v in entries.items()}
+        _check_together(part, name, branches[name], where)
+    return branches
+
+
+def _check_together(part: str, name: str, entries: dict[str, Entry], where: str) -> None:
+    """Build the component once, so that keys that exclude each other are found now."""
+    default = {
+        key: entry.value
+        if isinstance(entry, Fixed)
+        else (entry.values[0] if isinstance(entry, Choice) else entry.default(None))
+        for key, entry in entries.items()
+    }
+    PARTS[part].parse(name, default, where=where)

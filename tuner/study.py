@@ -1,0 +1,216 @@
+"""The study file: parse it, check it, and say what is wrong and where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tuner.errors import StudyFileError, unknown_name
+from tuner.metrics import METRICS
+from tuner.recipe import PARTS, parse_part, read_toml
+from tuner.registry import Registry, component
+from tuner.space import Space, parse_space
+
+
+@component
+class Floor:
+    """A metric that may not fall more than ``drop`` below the cross-entropy baseline's."""
+
+    metric: str = "accuracy"
+    drop: Annotated[float, Field(ge=0, le=1)] = 0.02
+
+
+@component
+class Objective:
+    """What a trial is judged by: a metric on validation, adjusted by default, and a floor."""
+
+    metric: str = "tail_accuracy"
+    adjusted: bool = True
+    floor: Floor | Literal[False] = Floor()
+
+
+@component
+class Budget:
+    """How much may be trained: trials (all of a grid when not given), epochs of each trial."""
+
+    trials: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[int, Field(ge=1)]
+
+
+@component
+class Ladder:
+    """The rungs a study climbs; ``full`` trains every trial."""
+
+    rungs: tuple[Literal["full"], ...] = ("full",)
+
+
+@component
+class Search:
+    """How trials are proposed and pruned.
+
+    ``gate`` belongs to the progressive strategy: the tail accuracy at which it stops.
+    ``prune_after`` is the share of training before which nothing is pruned; ``control`` the
+    share of trials that are never pruned, to measure what pruning would have cost.
+    """
+
+    algorithm: Literal["tpe", "random", "grid", "gp"] = "tpe"
+    strategy: Literal["plain", "progressive"] = "plain"
+    pruner: Literal["tail_accuracy", "none"] = "tail_accuracy"
+    gate: Annotated[float, Field(gt=0, le=1)] = 0.6
+    prune_after: Annotated[float, Field(ge=0, le=1)] = 0.5
+    control: Annotated[float, Field(ge=0, le=1)] = 0.1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "objective": Objective,
+    "budget": Budget,
+    "ladder": Ladder,
+    "search": Search,
+}
+PROGRESSIVE = ("cross_entropy", "weighted_cross_entropy", "asymmetric", "weighted_asymmetric")
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study file that was read and found right; ``text`` is the file as it stands."""
+
+    name: str
+    data: Any
+    objective: Objective
+    budget: Budget
+    ladder: Ladder
+    search: Search
+    space: Space
+    text: str
+
+    def digest(self) -> str:
+        """Hash of everything that changes results; the number of trials may grow freely."""
+        import tomllib
+
+        values = tomllib.loads(self.text)
+        values.get("budget", {}).pop("trials", None)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def trials(self) -> int:
+        """Number of trials the budget allows; for a grid, the grid's size when not given."""
+        if self.budget.trials is not None:
+            return self.budget.trials
+        return len(distinct_grid(self.space)) + 1
+
+
+def load(path: Path) -> StudyFile:
+    """Read the study file at ``path``.
+
+    Raises:
+        StudyFileError: Anything in it is wrong; the text names the file, the key, the value
+            and what would be right.
+    """
+    values = read_toml(path)
+    return parse(values, path.read_text(encoding="utf-8"), where=str(path))
+
+
+def parse(values: Mapping[str, Any], text: str, *, where: str) -> StudyFile:
+    """Check the values of a study file and build what they describe; see ``load``."""
+    _check_keys(values, where)
+    sections = {name: _section(name, values.get(name, {}), where) for name in SECTIONS}
+    budget, search = sections["budget"], sections["search"]
+    fixed = {part: values[part] for part in PARTS if part in values}
+    tables = values.get("space", {})
+    if not isinstance(tables, Mapping):
+        raise StudyFileError(f"{where}: space must hold tables, not {tables!r}")
+    space = parse_space(tables, fixed, epochs=budget.epochs, seed=search.seed, where=where)
+    study = StudyFile(
+        name=values["name"],
+        data=parse_part("data", values.get("data"), where=where),
+        space=space,
+        text=text,
+        **sections,
+    )
+    _check_together(study, where)
+    return study
+
+
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    known = {"name", "space", *PARTS, *SECTIONS}
+    for key in values:
+        if key not in known:
+            raise StudyFileError(f"{where}: {unknown_name('key', key, known)}")
+    name = values.get("name")
+    if not isinstance(name, str) or not name.strip() or "/" in name or len(name) > 100:
+        raise StudyFileError(
+            f"{where}: name = {name!r} must be a short text without slashes, the study's name"
+        )
+
+
+def _section(name: str, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise StudyFileError(f"{where}: {name} must be a table [{name}], not {values!r}")
+    registry: Registry[Any] = Registry("section")
+    registry.register(name)(SECTIONS[name])
+    return registry.parse(name, values, where=where)
+
+
+def _check_together(study: StudyFile, where: str) -> None:
+    """What only the sections together can tell."""
+    objective, search, space = study.objective, study.search, study.space
+    metrics = [("objective.metric", objective.metric)]
+    if objective.floor:
+        metrics.append(("objective.floor.metric", objective.floor.metric))
+    for key, metric in metrics:
+        if metric not in METRICS:
+            raise StudyFileError(f"{where}: {key}: {unknown_name('metric', metric, METRICS)}")
+    if study.budget.trials is None and search.algorithm != "grid":
+        raise StudyFileError(f"{where}: budget.trials is missing; only a grid knows its own size")
+    if search.algorithm == "grid":
+        _check_grid(study, where)
+    if not space.rows() and (study.budget.trials or 2) > 2:
+        raise StudyFileError(f"{where}: [space] searches nothing; give a list or a range in it")
+    if search.strategy == "progressive":
+        _check_progressive(study, where)
+
+
+def _check_grid(study: StudyFile, where: str) -> None:
+    try:
+        size = len(distinct_grid(study.space))
+    except StudyFileError as error:
+        raise StudyFileError(f"{where}: {error}") from None
+    if study.budget.trials is not None and study.budget.trials < size + 1:
+        raise StudyFileError(
+            f"{where}: budget.trials = {study.budget.trials} is too small for a grid of {size} "
+            f"and the cross-entropy baseline; leave it out or give at least {size + 1}"
+        )
+
+
+def _check_progressive(study: StudyFile, where: str) -> None:
+    missing = [loss for loss in PROGRESSIVE if loss not in study.space.parts["loss"]]
+    if missing:
+        raise StudyFileError(
+            f"{where}: the progressive strategy climbs {', '.join(PROGRESSIVE)}; "
+            f"add [space.loss.{missing[0]}]"
+        )
+    if "class_aware" not in study.space.parts["sampler"]:
+        raise StudyFileError(
+            f"{where}: the last rung of the progressive strategy oversamples; "
+            "add [space.sampler.class_aware] (and [space.sampler.natural] for the others)"
+        )
+
+
+def distinct_grid(space: Space) -> list[dict[str, Any]]:
+    """Grid points of a space as Optuna parameters, equivalent recipes only once.
+
+    Raises:
+        StudyFileError: A range in the space has no step.
+    """
+    from optuna.trial import FixedTrial
+
+    seen: dict[str, dict[str, Any]] = {}
+    for params in space.grid():
+        seen.setdefault(space.suggest(FixedTrial(params)).digest(), params)
+    return list(seen.values())

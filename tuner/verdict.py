@@ -1,0 +1,136 @@
+"""The answer of a study: its best recipe beside plain cross-entropy, on images never searched."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial
+from torch import Tensor
+
+from tuner import artifacts, checkpoint
+from tuner.datasets import Data, Part
+from tuner.evaluation import test_logits
+from tuner.lane import Lane
+from tuner.metrics import confusion_matrix, evaluate, recall_per_class
+from tuner.recipe import Recipe
+from tuner.session import Session
+from tuner.statistics import bootstrap_intervals, paired_difference
+from tuner.trainer import epochs
+
+COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
+
+log = logging.getLogger(__name__)
+
+
+def stored_recipe(trial: FrozenTrial) -> Recipe:
+    """The recipe a trial was trained with, as the storage keeps it."""
+    return Recipe.from_dict(trial.user_attrs["recipe"], where=f"trial {trial.number}")
+
+
+def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) -> Lane:
+    """The trained model of a trial: from its stored weights, else trained again.
+
+    Weights are kept for the best trial and the baseline; training again from the same recipe,
+    data and seed gives the same numbers.
+    """
+    number = trial.user_attrs.get("duplicate_of", trial.number)
+    recipe = stored_recipe(trial)
+    path = session.trial_folder(number) / artifacts.WEIGHTS
+    if path.exists():
+        lane = Lane(recipe, data, device)
+        tensors, _ = checkpoint.load(path)
+        lane.model.load_state_dict(tensors)
+        return lane
+    log.warning("trial %d has no stored weights; training it again", trial.number)
+    return train(recipe, data, device)
+
+
+def train(recipe: Recipe, data: Data, device: str) -> Lane:
+    """Train a recipe from start to end."""
+    torch.set_num_threads(1)
+    lane = None
+    for result in epochs(recipe, data, device=device):
+        lane = result.lane
+    assert lane is not None, "a recipe has at least one epoch"
+    return lane
+
+
+def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, Any] | None:
+    """Compare the best trial with the baseline on the test part, and store the answer.
+
+    The search never sees the test part; it is looked at here, once for every new best trial.
+    Where the data have none, the validation part stands in, and the answer says so. None while
+    the baseline or any other trial is missing.
+    """
+    best, baseline = session.best(), session.baseline()
+    if best is None or baseline is None:
+        return None
+    known: dict[str, Any] | None = session.study.user_attrs.get("verdict")
+    if known and (known["best"], known["baseline"]) == (best.number, baseline.number):
+        return known
+    verdict = _compare(session, best, baseline, data, device)
+    session.study.set_user_attr("verdict", verdict)
+    return verdict
+
+
+def _compare(
+    session: Session, best: FrozenTrial, baseline: FrozenTrial, data: Data, device: str
+) -> dict[str, Any]:
+    objective = session.file.objective
+    part = data.test or data.validation
+    tau = best.user_attrs["tau"] if objective.adjusted else 0.0
+    plain = _logits(session, baseline, data, part, device)
+    chosen = test_logits(_logits(session, best, data, part, device), data.class_counts, tau)
+    rows = [
+        _row("plain cross-entropy", baseline.number, 0.0, plain, part, data),
+        _row("best recipe", best.number, tau, chosen, part, data),
+    ]
+    return {
+        "part": "validation" if data.test is None else "test",
+        "best": best.number,
+        "baseline": baseline.number,
+        "counts": part.targets.bincount(minlength=data.num_classes).tolist(),
+        "rows": rows,
+        "differences": _differences(chosen.argmax(1), plain.argmax(1), part, data),
+        "validation_value": best.value,
+        "test_value": rows[1]["metrics"][objective.metric],
+    }
+
+
+def _logits(session: Session, trial: FrozenTrial, data: Data, part: Part, device: str) -> Tensor:
+    return trained_lane(session, trial, data, device).logits(part.images)
+
+
+def _row(
+    name: str, number: int, tau: float, logits: Tensor, part: Part, data: Data
+) -> dict[str, Any]:
+    targets = part.targets.cpu()
+    recalls = recall_per_class(confusion_matrix(logits.argmax(1), targets, data.num_classes))
+    intervals = bootstrap_intervals(logits, targets, data.groups, seed=0)
+    return {
+        "name": name,
+        "trial": number,
+        "tau": tau,
+        "metrics": evaluate(logits, targets, data.groups),
+        "intervals": {k: None if v is None else [v.low, v.high] for k, v in intervals.items()},
+        "recall_per_class": [None if r != r else r for r in recalls.tolist()],
+    }
+
+
+def _differences(chosen: Tensor, plain: Tensor, part: Part, data: Data) -> dict[str, Any]:
+    """Best minus baseline on the same images, for every compared metric that can be had."""
+    differences = {}
+    for metric in COMPARED:
+        found = paired_difference(
+            chosen, plain, part.targets.cpu(), metric=metric, groups=data.groups, seed=0
+        )
+        if found is not None:
+            differences[metric] = {
+                "estimate": found.estimate,
+                "low": found.interval.low,
+                "high": found.interval.high,
+                "p_value": found.p_value,
+            }
+    return differences
