@@ -91,6 +91,13 @@ def test_all_broken_files_are_counted_and_five_are_named(tmp_path: Path, files: 
     assert [path in str(error.value) for path in files] == [True] * 5 + [False] * 4
 
 
+def test_large_files_decoded_by_many_threads_stay_in_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (130, 80, 80, 3), dtype=np.uint8)
+    paths = [save(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(noise)]
+    assert np.array_equal(decode_all(paths, 80, 3), noise.transpose(0, 3, 1, 2))
+
+
 def test_files_that_are_no_images_or_empty_are_broken(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()

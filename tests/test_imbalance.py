@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -38,7 +39,7 @@ def weights_of(scheme: str, counts: Tensor) -> Tensor:
     power = 0.5 if "sqrt" in scheme or scheme.endswith("p0.5") else 1.0
     weights = imbalance.power_weights(counts, power)
     if scheme.startswith("csce"):
-        return weights * float(counts.min()) ** power
+        return weights * math.pow(float(counts.min()), power)
     kinds: dict[str, WeightNormalization] = {"raw": "none", "sumC": "classes"}
     kinds |= {"balanced": "samples", "p1": "classes", "p0.5": "classes"}
     return imbalance.normalize_weights(weights, counts, kinds[scheme.rsplit("_", 1)[1]])
@@ -86,6 +87,7 @@ def test_effective_number_runs_from_one_to_the_count() -> None:
     )
 
 
+@settings(deadline=None)
 @given(counts_of_classes, st.floats(0, 1))
 def test_effective_number_lies_between_one_and_the_count(counts: list[int], beta: float) -> None:
     numbers = imbalance.effective_number(torch.tensor(counts), beta)
@@ -93,6 +95,7 @@ def test_effective_number_lies_between_one_and_the_count(counts: list[int], beta
         assert min(count, 1) * (1 - 1e-9) <= number <= count * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(counts_of_classes, st.floats(0, 2), normalizations)
 def test_normalized_weights_keep_their_promise(
     counts: list[int], power: float, normalization: WeightNormalization
@@ -110,6 +113,7 @@ def test_normalized_weights_keep_their_promise(
     assert (ordered.diff() <= 1e-9 * ordered[:-1]).all(), "a rarer class never weighs less"
 
 
+@settings(deadline=None)
 @given(counts_of_classes, st.floats(0, 0.99999), normalizations)
 def test_classes_without_samples_change_no_other_weight(
     counts: list[int], beta: float, normalization: WeightNormalization
@@ -122,6 +126,7 @@ def test_classes_without_samples_change_no_other_weight(
     torch.testing.assert_close(weights([*counts, 0]), torch.cat([weights(counts), tensor([0])]))
 
 
+@settings(deadline=None)
 @given(counts_of_classes)
 def test_priors_are_the_shares_and_their_logarithms_stay_finite(counts: list[int]) -> None:
     n = torch.tensor(counts)
@@ -200,6 +205,7 @@ def test_bottom_takes_the_smallest_classes_and_as_many_at_the_top() -> None:
     assert TailRule(bottom=0.3).groups(counts, NAMES) == Groups((0, 4, 6), (2, 3, 8, 9), (1, 5, 7))
 
 
+@settings(deadline=None)
 @given(counts_of_classes, st.floats(0.01, 0.5))
 def test_bottom_groups_are_equal_in_size_and_ordered_by_count(
     counts: list[int], bottom: float
@@ -210,6 +216,7 @@ def test_bottom_groups_are_equal_in_size_and_ordered_by_count(
     assert max(counts[c] for c in groups.tail) <= min(counts[c] for c in groups.head)
 
 
+@settings(deadline=None)
 @given(counts_of_classes, st.integers(1, 200), st.integers(1, 200))
 def test_threshold_groups_hold_every_class_once(counts: list[int], a: int, b: int) -> None:
     rule = TailRule(many=max(a, b), few=min(a, b))

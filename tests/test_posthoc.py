@@ -20,6 +20,7 @@ GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8")
 )
 seeds = st.integers(0, 2**31)
+torch.set_num_threads(1)
 
 
 def tensor(values: Any) -> Tensor:
@@ -96,7 +97,7 @@ def test_correct_at_every_tau_equals_argmax(seed: int, classes: int, kind: str) 
 @pytest.mark.parametrize("metric", metrics.RECALL_METRICS)
 def test_fitted_tau_is_as_good_as_the_best_of_the_grid(metric: str) -> None:
     groups = Groups((0, 1), (2, 3), (4, 5))
-    for seed in range(5):
+    for seed in range(3):
         logits, targets, log_priors = long_tailed(7, 6, seed)
 
         def score(
@@ -133,15 +134,16 @@ def test_tau_recovers_the_priors_a_model_has_learned() -> None:
 
 
 def test_cross_fitting_helps_on_images_it_did_not_see() -> None:
-    gains = []
+    gains, flattery = [], []
     for seed in range(20):
         logits, targets, log_priors = long_tailed(8, 10, seed)
         fitted = posthoc.cross_fitted(logits, targets, log_priors, seed=seed)
         honest = balanced_accuracy(fitted.adjusted_logits, targets)
         gains.append(honest - balanced_accuracy(logits, targets))
         flattered = posthoc.adjust_logits(logits, log_priors, fitted.tau)
-        assert honest <= balanced_accuracy(flattered, targets) + 1e-9
+        flattery.append(balanced_accuracy(flattered, targets) - honest)
     assert sum(gains) / len(gains) > 0.05
+    assert sum(flattery) / len(flattery) > 0.005
 
 
 def test_every_fold_is_adjusted_with_the_tau_of_the_other_folds() -> None:
@@ -206,7 +208,6 @@ def test_unknown_metrics_are_named() -> None:
 
 
 def test_cross_fitting_is_fast_enough_for_every_epoch() -> None:
-    torch.set_num_threads(1)
     logits, targets, log_priors = long_tailed(10, 200, dtype=torch.float32)
     seconds = []
     for _ in range(3):
@@ -227,7 +228,8 @@ def test_tau_norm_equals_the_published_code() -> None:
 
 def test_tau_norm_leaves_a_row_of_zeros_alone() -> None:
     weight = tensor([[3.0, 4.0], [0.0, 0.0]])
-    assert posthoc.tau_norm(weight, 1.0).tolist() == [[0.6, 0.8], [0.0, 0.0]]
+    expected = tensor([[0.6, 0.8], [0.0, 0.0]])
+    torch.testing.assert_close(posthoc.tau_norm(weight, 1.0), expected)
 
 
 def long_normed() -> tuple[Tensor, Tensor, Tensor]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tuner.datasets import Data
@@ -93,8 +91,3 @@ def better(metric: str, a: float, b: float) -> bool:
     if a != a or b != b:
         return b != b and a == a
     return a > b if METRICS[metric] == "maximize" else a < b
-
-
-def finite(metrics: Mapping[str, float | None]) -> bool:
-    """Whether every metric that could be estimated is a finite number."""
-    return all(v is None or torch.tensor(v).isfinite().item() for v in metrics.values())

@@ -15,6 +15,7 @@ from tuner.checkpoint import (
     restore_optimizer,
 )
 from tuner.datasets import Data, Images
+from tuner.models import Classifier, set_head_bias
 from tuner.recipe import Recipe
 from tuner.seeding import derive_seed, generator, seeded
 
@@ -53,27 +54,28 @@ class Lane:
         ]
         self.augment = recipe.augment.build(
             data.image_shape,
-            mean=torch.tensor(data.mean),
-            std=torch.tensor(data.std),
+            mean=data.mean,
+            std=data.std,
             class_counts=data.class_counts,
             groups=data.groups,
         )
         self.train_targets = data.train.targets.to(self.device)
         self.optimizer = self._build_optimizer()
 
-    def _build_model(self) -> nn.Module:
+    def _build_model(self) -> Classifier:
         recipe, data = self.recipe, self.data
         with seeded(recipe.seed, "weights"):
-            model = recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
+            model: Classifier = recipe.model.build(
+                data.num_classes, data.image_shape, head=recipe.loss.head
+            )
         self._set_head_bias(model)
-        model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
+        return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    def _set_head_bias(self, model: nn.Module) -> None:
+    def _set_head_bias(self, model: Classifier) -> None:
         """Start a sigmoid-type loss at the prior 1/C (Cui et al. 2019)."""
         bias = self.recipe.loss.head_bias(self.data.num_classes)
         if bias is not None:
-            nn.init.constant_(model.head.bias, bias)  # type: ignore[arg-type, union-attr]
+            set_head_bias(model, bias)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         free = self.recipe.loss.head_bias(self.data.num_classes) is not None
@@ -106,7 +108,7 @@ class Lane:
         training = self.recipe.training
         if training.reset_head:
             with seeded(self.recipe.seed, "head", stage):
-                self.model.head.reset_parameters()  # type: ignore[operator, union-attr]
+                self.model.head.reset_parameters()
             self._set_head_bias(self.model)
         self._freeze()
         if training.reset_head or training.classifier_only:
@@ -185,7 +187,7 @@ class Lane:
     def logits(self, images: Images) -> Tensor:
         """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode."""
         self.model.eval()
-        batches = torch.arange(len(images)).split(EVALUATION_BATCH)
+        batches = torch.split(torch.arange(len(images)), EVALUATION_BATCH)
         parts = [
             self._forward(self.augment.normalize(batch.to(self.device, non_blocking=True)))
             for batch in self._load(images, batches)
@@ -195,7 +197,7 @@ class Lane:
     def head_state(self) -> tuple[Tensor, Tensor]:
         """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,)."""
         head = self.model.head
-        weight = head.weight.detach().float().cpu()  # type: ignore[union-attr, operator]
+        weight = head.weight.detach().float().cpu()
         bias = getattr(head, "bias", None)
         norms = weight.norm(dim=1)
         return norms, torch.zeros_like(norms) if bias is None else bias.detach().float().cpu()

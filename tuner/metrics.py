@@ -135,6 +135,23 @@ def confidence_bins(probabilities: Tensor, bins: int = CALIBRATION_BINS) -> Tens
     return (probabilities * bins).ceil_().long().sub_(1).clamp_(0, bins - 1)
 
 
+def refuse_unusable(logits: Tensor) -> None:
+    """Raise unless there are ``logits`` (N, C), or predictions (N,), and all are finite.
+
+    Raises:
+        DataError: There are no images.
+        NonFiniteError: A logit is NaN or infinite.
+    """
+    if logits.shape[0] == 0:
+        raise DataError("there are no images to evaluate; give the data set an evaluation part")
+    broken = ~logits.isfinite().reshape(len(logits), -1).all(1)
+    if bool(broken.any()):
+        raise NonFiniteError(
+            f"{int(broken.sum())} of {len(broken)} images have a logit that is NaN or infinite "
+            f"(first: image {int(broken.nonzero()[0])}); the training diverged"
+        )
+
+
 def evaluate(logits: Tensor, targets: Tensor, groups: Groups) -> dict[str, float | None]:
     """Every metric of ``METRICS`` for ``logits`` (N, C) and ``targets`` (N,).
 
@@ -146,7 +163,7 @@ def evaluate(logits: Tensor, targets: Tensor, groups: Groups) -> dict[str, float
         NonFiniteError: A logit is NaN or infinite; no number would mean anything then.
     """
     logits, targets = logits.detach().to("cpu", torch.float64), targets.cpu()
-    _refuse_unusable(logits)
+    refuse_unusable(logits)
     confusion = confusion_matrix(logits.argmax(1), targets, logits.shape[1])
     probabilities = logits.softmax(1)
     named = {f"{name}_accuracy": classes for name, classes in groups.named().items()}
@@ -202,14 +219,3 @@ def _calibration_error(probabilities: Tensor, hits: Tensor, bins: int) -> float:
         minlength=bins * probabilities.shape[1],
     )
     return float(gaps.abs().sum() / probabilities.numel())
-
-
-def _refuse_unusable(logits: Tensor) -> None:
-    if logits.shape[0] == 0:
-        raise DataError("there are no images to evaluate; give the data set an evaluation part")
-    broken = ~logits.isfinite().all(1)
-    if bool(broken.any()):
-        raise NonFiniteError(
-            f"{int(broken.sum())} of {len(broken)} images have a logit that is NaN or infinite "
-            f"(first: image {int(broken.nonzero()[0])}); the training diverged"
-        )

@@ -29,7 +29,7 @@ class Curve:
     def at(self, progress: float) -> float | None:
         """Value at a share of the training; None if it was not reached or not yet settled."""
         epoch = round(progress * self.epochs) - 1
-        if progress < self.settled + MARGIN or not 0 <= epoch < len(self.values):
+        if progress < self.settled + MARGIN - 1e-9 or not 0 <= epoch < len(self.values):
             return None
         return self.values[epoch]
 

@@ -24,7 +24,9 @@ class WideParzenEstimator(_ParzenEstimator):
     def _calculate_numerical_distributions(
         self, observations: Any, search_space: Any, parameters: Any
     ) -> Any:
-        narrow = super()._calculate_numerical_distributions(observations, search_space, parameters)
+        narrow: Any = super()._calculate_numerical_distributions(
+            observations, search_space, parameters
+        )
         count, dimensions = len(observations), len(self._search_space)
         width = narrow.adapted_high - narrow.adapted_low
         sigma = narrow.sigma.copy()

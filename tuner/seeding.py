@@ -21,12 +21,14 @@ def generator(*parts: object) -> torch.Generator:
 
 
 @contextmanager
-def seeded(*parts: object) -> Iterator[None]:
-    """Seed torch's global CPU generator inside the block, and put it back after.
+def seeded(*parts: object, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators inside the block, and put them back after.
 
-    For code of other libraries that draws from the global generator, such as the
-    initialisation of ``nn.Module`` weights.
+    For code of other libraries that draws from the global generators: the initialisation of
+    ``nn.Module`` weights, dropout, stochastic depth. ``device`` names the GPU whose generator
+    is put back too.
     """
-    with torch.random.fork_rng(devices=[]):
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(*parts))
         yield

@@ -13,6 +13,7 @@ from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane, Snapshot
 from tuner.recipe import Recipe
+from tuner.seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def train_epoch(lane: Lane) -> tuple[float, int]:
     lane.begin_epoch()
     batches = lane.plan()
     total = torch.zeros((), dtype=torch.float64, device=lane.device)
-    for step, (indices, images) in enumerate(lane.images(batches)):
-        loss = lane.step(indices, images, share=step / len(batches))
-        total += loss.double() * len(indices)
+    # Dropout draws from the global generator; a seed per epoch keeps training resumable.
+    with seeded(lane.recipe.seed, "epoch", lane.epoch, device=lane.device):
+        for step, (indices, images) in enumerate(lane.images(batches)):
+            loss = lane.step(indices, images, share=step / len(batches))
+            total += loss.double() * len(indices)
     samples = sum(len(batch) for batch in batches)
     mean = float(total) / samples
     if mean != mean or mean in (float("inf"), float("-inf")):

@@ -16,8 +16,9 @@ from optuna.trial import Trial, TrialState
 from tuner.datasets import Data
 from tuner.errors import TunerError
 from tuner.rungs.full import Outcome, run
-from tuner.session import Session, check_data, claim, fill_queue, requeue_orphans
+from tuner.session import Session, check_data
 from tuner.storage import exclusive
+from tuner.tickets import claim, fill_queue, requeue_orphans
 from tuner.trainer import EpochResult
 
 MAX_CODE_ERRORS = 3

@@ -71,10 +71,11 @@ def status(
 
     from tuner.storage import open_storage, storage_url
 
-    names = [study]
     if study is None:
         names = optuna.get_all_study_names(open_storage(storage_url(storage), create=False))
-    rows = [_status(joined(name, storage, artifacts)) for name in names if name is not None]
+    else:
+        names = [study]
+    rows = [_status(joined(name, storage, artifacts)) for name in names]
     if as_json:
         _print_json(rows if study is None else rows[0])
         return

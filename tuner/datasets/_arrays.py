@@ -42,6 +42,7 @@ class _Downloaded(Dataset):
     """
 
     torchvision_class: ClassVar[str]
+    own_folder: ClassVar[str]
 
     root: str | None = None
 
@@ -58,7 +59,8 @@ class _Downloaded(Dataset):
         return fetch(
             self.torchvision_class,
             lambda download: reader(root, train=train, download=download),
-            root,
+            url=reader.url if hasattr(reader, "url") else reader.mirrors[0],
+            folder=root / self.own_folder,
         )
 
 
@@ -68,6 +70,7 @@ class Cifar10(_Downloaded):
     """CIFAR-10: 50000 + 10000 photos of 10 classes, 32x32 RGB."""
 
     torchvision_class = "CIFAR10"
+    own_folder = "cifar-10-batches-py"
 
 
 @DATASETS.register("cifar100")
@@ -76,6 +79,7 @@ class Cifar100(_Downloaded):
     """CIFAR-100: 50000 + 10000 photos of 100 classes, 32x32 RGB."""
 
     torchvision_class = "CIFAR100"
+    own_folder = "cifar-100-python"
 
 
 @DATASETS.register("mnist")
@@ -84,6 +88,7 @@ class Mnist(_Downloaded):
     """MNIST: 60000 + 10000 handwritten digits, 28x28 grey."""
 
     torchvision_class = "MNIST"
+    own_folder = "MNIST/raw"
 
 
 @DATASETS.register("fashion_mnist")
@@ -92,6 +97,7 @@ class FashionMnist(_Downloaded):
     """Fashion-MNIST: 60000 + 10000 pieces of clothing of 10 classes, 28x28 grey."""
 
     torchvision_class = "FashionMNIST"
+    own_folder = "FashionMNIST/raw"
 
 
 def _source(dataset: Any, part: str) -> ArraySource:

@@ -13,29 +13,35 @@ from tuner.errors import DataError
 T = TypeVar("T")
 
 
-def fetch(name: str, load: Callable[[bool], T], folder: Path, *, allowed: bool = True) -> T:
+def fetch(
+    name: str, load: Callable[[bool], T], *, url: str, folder: Path, allowed: bool = True
+) -> T:
     """Load a data set with ``load(download)``, downloading only if it is not in ``folder``.
 
     Raises:
-        DataError: It is not there, and could not or must not be downloaded.
+        DataError: It is not there, and could not or must not be downloaded from ``url``.
     """
     try:
         return load(False)
     except (RuntimeError, OSError) as error:  # how torchvision says that files are missing
         missing = error
     way_out = (
-        f"put the files that torchvision expects into {folder} on a machine that is online, "
-        "or say with --data or TUNER_DATA which folder has them"
+        f"download {url} on another machine and unpack it to {folder}, or say with --data or "
+        "TUNER_DATA where it is"
     )
     if not allowed:
         raise DataError(
-            f"{name} is not in {folder} ({missing}); set data.download = true to fetch it, "
-            f"{way_out}"
+            f"{name} is not in {folder} ({_line(missing)}); set data.download = true to fetch "
+            f"it, or {way_out}"
         )
     try:
         with redirect_stdout(sys.stderr):
             return load(True)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{name} is not in {folder} and cannot be downloaded ({error}); {way_out}"
+            f"{name} is not in {folder} and cannot be downloaded ({_line(error)}); {way_out}"
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -111,8 +111,15 @@ class ImageFolder(_ImageFiles):
     def sources(self, folder: Path | None) -> Sources:
         """Find the images; a relative root is looked for in ``folder``."""
         root = resolve(self.root, folder)
-        parts = {part: scan(path) for part, path in _part_folders(root).items()}
-        return combine(parts, size=self.image_size, channels=self.channels)
+        folders = _part_folders(root)
+        parts = {part: scan(path) for part, path in folders.items()}
+        sources = combine(parts, size=self.image_size, channels=self.channels)
+        used = {path.name for path in folders.values()}
+        ignored = [] if folders["train"] == root else sorted(set(_subfolders(root)) - used)
+        if not ignored:
+            return sources
+        warning = f"{root}: folders that are no part and were passed over: {', '.join(ignored)}"
+        return replace(sources, warnings=(warning,))
 
 
 @DATASETS.register("imagenet")
@@ -158,12 +165,13 @@ class INaturalist(_ImageFiles):
         return combine(parts, size=self.image_size, channels=self.channels)
 
     def _part(self, root: Path, version: str) -> _Folder:
-        from torchvision import datasets
+        from torchvision.datasets import inaturalist
 
         found = fetch(
             f"iNaturalist {version}",
-            lambda download: datasets.INaturalist(root, version=version, download=download),
-            root / version,
+            lambda download: inaturalist.INaturalist(root, version, download=download),
+            url=inaturalist.DATASET_URLS[version],
+            folder=root / version,
             allowed=self.download,
         )
         categories = [Path(category).as_posix() for category in found.all_categories]
@@ -179,9 +187,12 @@ def _part_folders(root: Path) -> dict[str, Path]:
 
     ``train`` is a part, not a class of that name, if it holds folders and no images.
     """
-    if not (root / "train").is_dir() or not _subfolders(root / "train"):
+    if not (root / "train").is_dir():
+        _refuse_parts_without_training(root)
         return {"train": root}
-    if any(_is_image(entry.name) for entry in (root / "train").iterdir()):
+    if not _subfolders(root / "train") or any(
+        _is_image(entry.name) for entry in (root / "train").iterdir()
+    ):
         return {"train": root}
     parts = {"train": root / "train"}
     for part, spellings in PART_NAMES.items():
@@ -191,6 +202,12 @@ def _part_folders(root: Path) -> dict[str, Path]:
         if there:
             parts[part] = there[0]
     return parts
+
+
+def _refuse_parts_without_training(root: Path) -> None:
+    folders = _subfolders(root) if root.is_dir() else []
+    if folders and set(folders) <= {name for names in PART_NAMES.values() for name in names}:
+        raise DataError(f"{root / 'train'}: there is no such folder beside {', '.join(folders)}")
 
 
 def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:

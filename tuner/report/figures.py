@@ -1,10 +1,8 @@
-"""The figures of a report, drawn from its data; the only module that draws."""
+"""The figures of a report, drawn from its data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
@@ -13,71 +11,34 @@ from tuner.report.data import (
     HeadTailData,
     HistoryData,
     LossData,
-    Point,
     PruningData,
     RecallData,
     Tradeoff,
+    Training,
 )
-from tuner.report.words import amount, capital, count, in_figure, is_share, label
-
-BLUE, ORANGE, GREEN, PURPLE, RED, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
+from tuner.report.drawing import (
+    BLUE,
+    COLOURS,
+    GREY,
+    MARKS,
+    SYMBOLS,
+    add_baseline,
+    add_points,
+    add_states,
+    axis_title,
+    new_figure,
+    scaled,
 )
-"""Colours that stay apart for colour-blind readers, of Okabe and Ito (2008)."""
+from tuner.report.words import amount, capital, count, in_figure, label
 
-GREY = "#8c8c8c"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 ERROR_BARS_UP_TO = 60
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """How a kind of trial is drawn."""
-
-    name: str
-    colour: str
-    symbol: str
-
-
-MARKS = {
-    "complete": _Mark("complete", BLUE, "circle"),
-    "infeasible": _Mark("breaks the floor", ORANGE, "circle-open"),
-    "duplicate": _Mark("known result", SKY, "diamond-open"),
-    "pruned": _Mark("pruned", GREY, "x-thin-open"),
-    "failed": _Mark("failed", RED, "triangle-down-open"),
-    "running": _Mark("running", GREEN, "triangle-up"),
-}
-
-
-def template(dark: bool) -> dict[str, Any]:
-    """The look that all figures share, on a light or a dark page."""
-    ink, line = ("#e4e4e4", "#4a4a4a") if dark else ("#2b2b2b", "#dddddd")
-    axis = {"gridcolor": line, "linecolor": line, "zeroline": False, "automargin": True}
-    return {
-        "layout": {
-            "font": {"family": "system-ui, sans-serif", "size": 13, "color": ink},
-            "paper_bgcolor": "rgba(0,0,0,0)",
-            "plot_bgcolor": "rgba(0,0,0,0)",
-            "xaxis": axis,
-            "yaxis": axis,
-            "hoverlabel": {
-                "bgcolor": "#262626" if dark else "#ffffff",
-                "font": {"color": ink},
-                "align": "left",
-            },
-        }
-    }
 
 
 def recall_figure(data: RecallData) -> go.Figure:
     """Recall of every class against its training images, before and after."""
-    figure = _figure(_recall_title(data), "training images of the class", f"recall, {data.part} (%)")
+    figure = new_figure(
+        _recall_title(data), "training images of the class", f"recall, {data.part} (%)"
+    )
     models = (("plain cross-entropy", "baseline", GREY, 0.97), ("best recipe", "best", BLUE, 1.03))
     for name, which, colour, shift in models:
         _add_recalls(figure, data.classes, name, which, colour, shift)
@@ -89,7 +50,8 @@ def recall_figure(data: RecallData) -> go.Figure:
 def _recall_title(data: RecallData) -> str:
     pairs = [(c.baseline.value, c.best.value) for c in data.classes if c.baseline and c.best]
     up, down = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
-    return f"Recall rose in {up} of {count(len(pairs), 'class').replace('classs', 'classes')}, fell in {down}"
+    classes = count(len(pairs), "class", "classes")
+    return f"Recall rose in {up} of {classes} and fell in {down}"
 
 
 def _add_recalls(
@@ -117,23 +79,23 @@ def _add_recalls(
         for c, r in known
     ]
     xs, ys = [c.training * shift for c, _ in known], [100 * r.value for _, r in known]
-    _add_points(figure, name, xs, ys, texts, colour, "circle", error_y=bars)
+    add_points(figure, name, xs, ys, texts, colour, "circle", error_y=bars)
 
 
 def history_figure(data: HistoryData) -> go.Figure:
     """The objective of every trial in order, and the best so far."""
     title = _history_title(data)
-    figure = _figure(title, "trial", _axis(data.metric))
-    _add_states(figure, data.points, lambda p: p.number, lambda p: _scaled(data.metric, p.value))
+    figure = new_figure(title, "trial", axis_title(data.metric))
+    add_states(figure, data.points, lambda p: p.number, lambda p: scaled(data.metric, p.value))
     figure.add_scatter(
         name="best so far",
         mode="lines",
         x=[p.number for p in data.points],
-        y=[_scaled(data.metric, value) for value in data.best_so_far],
+        y=[scaled(data.metric, value) for value in data.best_so_far],
         line={"shape": "hv", "color": BLUE, "width": 1.5},
         hoverinfo="skip",
     )
-    _add_baseline(figure, data.metric, data.baseline, "h")
+    add_baseline(figure, data.metric, data.baseline, "h")
     return figure
 
 
@@ -154,19 +116,19 @@ def loss_figure(data: LossData) -> go.Figure:
         if best
         else "No loss has a complete trial yet"
     )
-    figure = _figure(title, _axis(data.metric), "")
+    figure = new_figure(title, axis_title(data.metric), "")
     points = [point for row in data.rows for point in row.points]
-    _add_states(figure, points, lambda p: _scaled(data.metric, p.value), lambda p: p.loss)
+    add_states(figure, points, lambda p: scaled(data.metric, p.value), lambda p: p.loss)
     rows = [row for row in data.rows if row.median is not None]
     figure.add_scatter(
         name="median of complete",
         mode="markers",
-        x=[_scaled(data.metric, row.median) for row in rows],
+        x=[scaled(data.metric, row.median) for row in rows],
         y=[row.loss for row in rows],
         marker={"symbol": "line-ns-open", "size": 22, "color": GREY, "line": {"width": 2}},
         hovertemplate="median %{x:.1f}<extra></extra>",
     )
-    _add_baseline(figure, data.metric, data.baseline, "v")
+    add_baseline(figure, data.metric, data.baseline, "v")
     order = [row.loss for row in reversed(data.rows)]
     figure.update_yaxes(categoryorder="array", categoryarray=order)
     figure.update_layout(height=max(300, 180 + 34 * len(data.rows)))
@@ -176,8 +138,10 @@ def loss_figure(data: LossData) -> go.Figure:
 def head_tail_figure(data: HeadTailData) -> go.Figure:
     """Head against tail accuracy: what the tail gains, and what the head pays."""
     front = sorted((p for p in data.points if p.on_front), key=lambda p: p.head)
-    title = f"{count(len(front), 'trial')} of {len(data.points)} not beaten on head and tail at once"
-    figure = _figure(title, "head accuracy (%)", "tail accuracy (%)")
+    title = (
+        f"{count(len(front), 'trial')} of {len(data.points)} not beaten on head and tail at once"
+    )
+    figure = new_figure(title, "head accuracy (%)", "tail accuracy (%)")
     if len(front) > 1:
         figure.add_scatter(
             name="front",
@@ -197,9 +161,7 @@ def head_tail_figure(data: HeadTailData) -> go.Figure:
     return figure
 
 
-def _add_tradeoffs(
-    figure: go.Figure, loss: str, position: int, points: Sequence[Tradeoff]
-) -> None:
+def _add_tradeoffs(figure: go.Figure, loss: str, position: int, points: Sequence[Tradeoff]) -> None:
     colour, symbol = COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)]
     texts = [
         f"trial {p.number}<br>{in_figure(p.summary)}<br>head {100 * p.head:.1f} %, "
@@ -208,7 +170,7 @@ def _add_tradeoffs(
     ]
     symbols = [symbol if p.feasible else f"{symbol}-open" for p in points]
     xs, ys = [100 * p.head for p in points], [100 * p.tail for p in points]
-    _add_points(figure, in_figure(loss), xs, ys, texts, colour, symbols)
+    add_points(figure, in_figure(loss), xs, ys, texts, colour, symbols)
 
 
 def _add_star(figure: go.Figure, name: str, pair: tuple[float, float], colour: str) -> None:
@@ -228,7 +190,7 @@ def pruning_figure(data: PruningData) -> go.Figure:
     saved = data.unpruned - data.trained
     share = f" ({saved / data.unpruned:.0%})" if saved else ""
     title = f"Pruning saved {saved:,} of {count(data.unpruned, 'epoch')}{share}"
-    figure = _figure(title, "trial", "epochs")
+    figure = new_figure(title, "trial", "epochs")
     for state, mark in MARKS.items():
         rows = [row for row in data.trials if row.state == state and row.trained]
         if rows:
@@ -245,7 +207,7 @@ def pruning_figure(data: PruningData) -> go.Figure:
 def _add_bars(
     figure: go.Figure,
     name: str,
-    rows: Sequence[Any],
+    rows: Sequence[Training],
     epochs: Sequence[int],
     texts: Sequence[str],
     colour: str,
@@ -259,74 +221,3 @@ def _add_bars(
         hovertemplate="%{customdata}<extra></extra>",
         marker={"color": colour, "opacity": opacity, "line": {"width": 0}},
     )
-
-
-def _figure(title: str, x: str, y: str) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        template=template(dark=False),
-        title={"text": title, "font": {"size": 16}},
-        height=400,
-        margin={"l": 56, "r": 16, "t": 48, "b": 48},
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0},
-        hovermode="closest",
-    )
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
-    return figure
-
-
-def _axis(metric: str) -> str:
-    return f"{label(metric)}, validation (%)" if is_share(metric) else f"{label(metric)}, validation"
-
-
-def _scaled(metric: str, value: float | None) -> float | None:
-    return 100 * value if value is not None and is_share(metric) else value
-
-
-def _add_states(figure: go.Figure, points: Iterable[Point], x: Any, y: Any) -> None:
-    """One trace per kind of trial; those without a value are not drawn."""
-    kinds: dict[str, list[Point]] = {}
-    for point in points:
-        if point.value is not None:
-            kinds.setdefault(point.state if point.feasible else "infeasible", []).append(point)
-    for kind in (kind for kind in MARKS if kind in kinds):
-        mark, own = MARKS[kind], kinds[kind]
-        texts = [f"trial {p.number}, {mark.name}<br>{in_figure(p.summary)}" for p in own]
-        xs, ys = [x(p) for p in own], [y(p) for p in own]
-        _add_points(figure, mark.name, xs, ys, texts, mark.colour, mark.symbol)
-
-
-def _add_points(
-    figure: go.Figure,
-    name: str,
-    xs: Sequence[Any],
-    ys: Sequence[Any],
-    texts: Sequence[str],
-    colour: str,
-    symbol: str | Sequence[str],
-    **more: Any,
-) -> None:
-    figure.add_scatter(
-        name=name,
-        mode="markers",
-        x=list(xs),
-        y=list(ys),
-        customdata=list(texts),
-        hovertemplate="%{customdata}<extra></extra>",
-        marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.85},
-        **more,
-    )
-
-
-def _add_baseline(figure: go.Figure, metric: str, value: float | None, along: str) -> None:
-    """A line through the whole figure at plain cross-entropy's value."""
-    if value is None:
-        return
-    at = _scaled(metric, value)
-    line = {"line_color": GREY, "line_dash": "dash", "line_width": 1}
-    text = {"annotation_text": "plain cross-entropy", "annotation_font_color": GREY}
-    if along == "h":
-        figure.add_hline(at, **line, **text, annotation_position="bottom right")
-    else:
-        figure.add_vline(at, **line, **text, annotation_position="top")

@@ -45,7 +45,9 @@ def estimate(metric: str, found: Estimate | None) -> str:
         return "no images to tell"
     if found.low is None or found.high is None:
         return amount(metric, found.value)
-    return f"{amount(metric, found.value)} ({_bare(metric, found.low)} to {_bare(metric, found.high)})"
+    return (
+        f"{amount(metric, found.value)} ({_bare(metric, found.low)} to {_bare(metric, found.high)})"
+    )
 
 
 def difference(metric: str, found: Difference | None, part: str) -> str:
@@ -76,9 +78,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: ``1 trial``, ``2,000 trials``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: ``1 trial``, ``2,000 trials``, ``3 classes``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def in_figure(text: str) -> str:

@@ -20,7 +20,8 @@ from tuner.pruning import Curve, is_at_chance, is_behind
 from tuner.recipe import PARTS, Recipe
 from tuner.samplers import SAMPLERS
 from tuner.seeding import derive_seed
-from tuner.session import Session, requeue
+from tuner.session import Session
+from tuner.tickets import requeue
 from tuner.trainer import EpochResult, epochs
 from tuner.training import TRAININGS
 
@@ -119,9 +120,10 @@ def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
         trial.set_user_attr(key, known.user_attrs[key])
     trial.set_user_attr("duplicate_of", known.number)
     _constrain(session, trial, known.user_attrs["metrics"])
-    trial.report(known.value, step=known.user_attrs["epochs"] - 1)
-    session.study.tell(trial, known.value)
-    return Outcome(trial.number, "duplicate", value=known.value)
+    value = known.values[0]
+    trial.report(value, step=known.user_attrs["epochs"] - 1)
+    session.study.tell(trial, value)
+    return Outcome(trial.number, "duplicate", value=value)
 
 
 def _constrain(session: Session, trial: Trial, metrics: dict[str, Any]) -> None:

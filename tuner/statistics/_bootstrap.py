@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tuner import metrics
-from tuner.errors import DataError
 from tuner.statistics._intervals import (
     Array,
     Interval,
@@ -43,13 +42,16 @@ def bootstrap_intervals(
     """Interval of every metric of ``metrics.METRICS``; None where it cannot be had.
 
     ``outputs`` are logits (N, C), or predictions (N,), which give no interval to the metrics
-    of probabilities. Accuracy has Wilson's interval, the other metrics of recalls those above.
+    of probabilities. Accuracy has Wilson's interval (conservative, as the class sizes are
+    fixed), the other metrics of recalls have the closed forms of this package.
 
     The rest is bootstrapped within the classes: n - 1 of n images, rescaled (Rao and Wu 1988),
     as plain resampling understates the variance of a class of n by 1/n. The interval reaches
     from the estimate and from the bias-corrected estimate 1.96 standard deviations (at 95 %)
     outwards: calibration errors are biased upwards, again in each resample, so that percentile
-    intervals of the ECE covered 0 to 5 % in simulations with 20 images per class.
+    intervals of a nearly calibrated model's ECE covered 0 to 5 % in simulations with 20 images
+    per class. These cover 88 to 95 % there, and 93 to 97 % for nll and macro F1. The classwise
+    ECE of so few images is mostly bias (coverage 8 %), so it has no interval.
 
     Raises:
         DataError: There are no images.
@@ -57,10 +59,7 @@ def bootstrap_intervals(
     """
     outputs, targets = outputs.detach().cpu(), targets.cpu()
     logits = outputs.to(torch.float64) if outputs.ndim == 2 else None
-    if len(targets) == 0:
-        raise DataError("there are no images, so there are no intervals")
-    if logits is not None:
-        metrics.evaluate(logits, targets, groups)
+    metrics.refuse_unusable(outputs)
     predictions = outputs if logits is None else logits.argmax(1)
     num_classes = sum(map(len, groups.named().values()))
     confusion = metrics.confusion_matrix(predictions, targets, num_classes)
@@ -70,7 +69,7 @@ def bootstrap_intervals(
     statistics = [_f1_statistic(predictions, targets, confusion)]
     statistics += [] if logits is None else _probability_statistics(logits, targets)
     bootstrapped = _bootstrap(statistics, targets, rng, resamples, confidence)
-    names = ("macro_f1", "nll", "ece", "classwise_ece")
+    names = ("macro_f1", "nll", "ece")
     return intervals | dict(zip(names, bootstrapped, strict=False))
 
 
@@ -114,29 +113,16 @@ def _f1_statistic(predictions: Tensor, targets: Tensor, confusion: Tensor) -> tu
 
 
 def _probability_statistics(logits: Tensor, targets: Tensor) -> list[tuple[Any, _Reduce]]:
-    """Columns and reductions of nll, ece and classwise_ece."""
-    from scipy import sparse
-
+    """Columns (N, 1) and (N, bins), and how nll and ece follow from their weighted sums."""
     losses = F.cross_entropy(logits, targets, reduction="none").numpy()[:, None]
-    probabilities, present = logits.softmax(1), torch.bincount(targets).nonzero().flatten()
-    confidence, top = probabilities.max(1, keepdim=True)
+    confidence, predictions = logits.softmax(1).max(1)
+    images, bins = len(losses), metrics.confidence_bins(confidence)
+    gaps = F.one_hot(bins, metrics.CALIBRATION_BINS).double()
+    gaps *= (confidence - (predictions == targets).double())[:, None]
     return [
-        (sparse.csr_array(losses), lambda sums: sums[:, 0] / len(losses)),
-        _gap_statistic(confidence, top == targets[:, None]),
-        _gap_statistic(probabilities[:, present], targets[:, None] == present),
+        (losses, lambda sums: sums[:, 0] / images),
+        (gaps.numpy(), lambda sums: np.abs(sums).sum(1) / images),
     ]
-
-
-def _gap_statistic(probabilities: Tensor, hits: Tensor) -> tuple[Any, _Reduce]:
-    """Columns (N, K·bins) of probability less hit; the calibration error of their sums."""
-    from scipy import sparse
-
-    bins, (images, width) = metrics.CALIBRATION_BINS, probabilities.shape
-    cells = metrics.confidence_bins(probabilities) + bins * torch.arange(width)
-    gaps = (probabilities - hits.double()).flatten().numpy()
-    rows = np.repeat(np.arange(images), width)
-    table = sparse.csr_array((gaps, (rows, cells.flatten().numpy())), (images, width * bins))
-    return table, lambda sums: np.abs(sums).sum(1) / (images * width)
 
 
 def _bootstrap(
@@ -153,7 +139,7 @@ def _bootstrap(
         for chunk in _resampled_weights(targets.numpy(), rng, resamples)
     ]
     samples = [np.concatenate(parts) for parts in zip(*draws, strict=True)]
-    z, tops = normal_quantile(confidence), (1.0, math.inf, 1.0, 1.0)
+    z, tops = normal_quantile(confidence), (1.0, math.inf, 1.0)
     return [
         _bias_aware(estimate, sample, z, top)
         for estimate, sample, top in zip(estimates, samples, tops, strict=False)

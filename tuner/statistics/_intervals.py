@@ -82,9 +82,9 @@ def geometric_mean_interval(
 ) -> Interval | None:
     """Interval of the geometric mean of the recalls, over the classes that have images.
 
-    Normal on the log scale, with the nearly unbiased log((k + ½) / (n + ½)) of Gart and
-    Zweifel 1967; 1 / (n + 3/2) instead of their 1 / (n + ½) keeps it open at recall 1. Spread
-    down to the estimate, which is 0 as soon as one class has no hit.
+    Normal on the log scale, with the nearly unbiased log((k + ½) / (n + ½)) of Pettigrew et
+    al. 1986; 1 / (n + 3/2) instead of their 1 / (n + ½) keeps the variance above 0 at recall 1.
+    It always holds the estimate, which is 0 as soon as one class has no hit.
     """
     used = images > 0
     if not used.any():

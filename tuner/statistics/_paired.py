@@ -43,7 +43,7 @@ def paired_difference(
     None if no class that counts for the metric has images.
 
     The interval is normal with the stratified variance and one discordant image added each
-    way (Bonett and Price 2012), which covered 95 to 99 % in simulations; the paired bootstrap
+    way (Bonett and Price 2012), which covered 95 to 100 % in simulations; the paired bootstrap
     within classes covered 72 to 95 %. The two-sided p-value swaps the models image by image
     at random, ``resamples`` times: valid for any number of images, and McNemar's exact test
     when the metric is the accuracy.

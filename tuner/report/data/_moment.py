@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.metrics import METRICS
+
 if TYPE_CHECKING:
     from optuna.study import Study
 
@@ -109,3 +111,8 @@ def baseline_value(session: Session) -> float | None:
     if baseline is None:
         return None
     return number(baseline.user_attrs["metrics"]["raw"].get(session.file.objective.metric))
+
+
+def better(metric: str, a: float, b: float) -> bool:
+    """Whether value ``a`` of a metric is better than ``b``."""
+    return a > b if METRICS[metric] == "maximize" else a < b

@@ -40,7 +40,6 @@ class BestRecipe:
 
     number: int
     value: float | None
-    feasible: bool
     tau: float | None
     kappa: float | None
     settings: tuple[Setting, ...]
@@ -48,7 +47,7 @@ class BestRecipe:
 
 @dataclass(frozen=True)
 class OverviewData:
-    """Facts of a study; images are counted per part, None where there is no such part yet."""
+    """Facts of a study; the test part's images are None before it was looked at."""
 
     name: str
     metric: str
@@ -74,7 +73,6 @@ def overview_data(session: Session) -> OverviewData:
     attrs, objective, best = session.study.user_attrs, session.file.objective, session.best()
     counts: list[int] = attrs.get("class_counts", [])
     present = [count for count in counts if count > 0]
-    verdict = attrs.get("verdict") or {}
     return OverviewData(
         name=session.file.name,
         metric=objective.metric,
@@ -85,7 +83,7 @@ def overview_data(session: Session) -> OverviewData:
         classes=len(counts),
         training=sum(counts),
         validation=sum(attrs.get("validation_counts", [])),
-        test=sum(verdict["counts"]) if verdict.get("part") == "test" else None,
+        test=_test_images(attrs.get("verdict")),
         imbalance_ratio=max(present) / min(present) if present else None,
         groups=tuple(
             GroupSize(name, len(members), sum(counts[c] for c in members))
@@ -98,12 +96,17 @@ def overview_data(session: Session) -> OverviewData:
     )
 
 
+def _test_images(verdict: dict[str, Any] | None) -> int | None:
+    if not verdict:
+        return None
+    return sum(verdict["counts"]) if verdict["part"] == "test" else 0
+
+
 def _best(session: Session, trial: FrozenTrial) -> BestRecipe:
     attrs = trial.user_attrs
     return BestRecipe(
         number=trial.number,
         value=number(trial.value),
-        feasible=session.keeps_floor(trial),
         tau=number(attrs.get("tau")) if session.file.objective.adjusted else 0.0,
         kappa=number(attrs.get("kappa")),
         settings=tuple(_settings(attrs["recipe"], trial)),

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from tuner.evaluation import better
 from tuner.metrics import METRICS
-from tuner.report.data._moment import State, number, started, state_of, still, value_of
+from tuner.report.data._moment import State, better, number, started, state_of, still, value_of
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -113,7 +112,9 @@ def _control(session: Session, pruned: Sequence[FrozenTrial]) -> Control:
         flagged=len(flagged),
         above_median_pruned=_count_above(metric, ends, median(given_up) if given_up else None),
         above_best_pruned=_count_above(metric, ends, best),
-        regret=_regret(metric, *(_values(filter(session.keeps_floor, t)) for t in (flagged, others))),
+        regret=_regret(
+            metric, *(_values(filter(session.keeps_floor, t)) for t in (flagged, others))
+        ),
     )
 
 

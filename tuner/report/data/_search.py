@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from tuner.evaluation import better
 from tuner.metrics import METRICS
 from tuner.report.data._moment import (
     State,
     baseline_value,
+    better,
     kind_of,
     loss_of,
     number,
@@ -165,9 +165,7 @@ def _point(session: Session, trial: FrozenTrial) -> Point:
     state = state_of(trial)
     judged = state in ("complete", "duplicate")
     feasible = not judged or session.keeps_floor(trial)
-    return Point(
-        trial.number, value_of(trial), state, loss_of(trial), feasible, summary_of(trial)
-    )
+    return Point(trial.number, value_of(trial), state, loss_of(trial), feasible, summary_of(trial))
 
 
 def _finished(points: Iterable[Point]) -> list[float]:

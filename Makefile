@@ -1,0 +1,36 @@
+# make demo: install and run the main job.  make test: install and run all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv/run
+	$(BIN)/tuner run studies/digits.toml
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tuner needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv || { echo "on Debian: apt-get install python3-venv"; exit 1; }
+
+.venv/run: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/test: .venv/run
+	$(INSTALL) --editable '.[test,lint,timm]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

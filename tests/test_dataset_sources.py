@@ -1,0 +1,205 @@
+"""Data sets: each kind read from where it lies, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import struct
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from image_folders import counts_of, dataset, folder, photos, pixels
+
+from tuner.datasets import ResidentImages
+from tuner.errors import DataError
+
+
+def broken_folder(root: Path, kind: str) -> str:
+    """Make a broken data set; the path that the error has to name."""
+    if kind == "missing":
+        return str(root / "nowhere")
+    photos(root / "set", {"cat": 5, "dog": 5})
+    if kind == "one class":
+        shutil.rmtree(root / "set" / "dog")
+    if kind == "flat":
+        shutil.move(root / "set" / "cat", root / "flat")
+        return str(root / "flat")
+    if kind == "empty class":
+        (root / "set" / "emu").mkdir()
+        return str(root / "set" / "emu")
+    if kind == "no images":
+        (root / "set" / "emu").mkdir()
+        (root / "set" / "emu" / "a.heic").touch()
+        return str(root / "set" / "emu")
+    if kind == "truncated":
+        file = root / "set" / "cat" / "002.png"
+        file.write_bytes(file.read_bytes()[:100])
+        return str(file)
+    return str(root / "set")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such folder.*--data"),
+        ("flat", "no class folders"),
+        ("one class", "one class only .'cat'."),
+        ("empty class", "has no image"),
+        ("no images", "has no image"),
+        ("truncated", "of 10 images cannot be decoded"),
+    ],
+)
+def test_broken_folders_are_refused_with_the_path(tmp_path: Path, kind: str, message: str) -> None:
+    path = broken_folder(tmp_path, kind)
+    where = tmp_path / ("set" if kind not in ("missing", "flat") else path)
+    with pytest.raises(DataError, match=message) as error:
+        folder(where, test_fraction=0).build()
+    assert path in str(error.value)
+
+
+def test_a_test_class_that_is_not_trained_is_refused(tmp_path: Path) -> None:
+    photos(tmp_path / "train", {"cat": 5, "dog": 5})
+    photos(tmp_path / "test", {"cat": 5, "emu": 5})
+    with pytest.raises(DataError, match=r"test/emu: no class of this name is in the training"):
+        folder(tmp_path).build()
+
+
+def test_two_validation_folders_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "val", "valid"):
+        photos(tmp_path / part, {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="both there"):
+        folder(tmp_path).build()
+
+
+def test_a_test_folder_without_a_training_folder_is_refused(tmp_path: Path) -> None:
+    for part in ("val", "test"):
+        photos(tmp_path / part, {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match="train: there is no such folder beside test, val"):
+        folder(tmp_path).build()
+
+
+def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test", "unsorted")):
+        photos(tmp_path / part, {"cat": 5, "dog": 5}, first=100 * number)
+    (warning,) = folder(tmp_path).build().warnings
+    assert warning == f"{tmp_path}: folders that are no part and were passed over: unsorted"
+
+
+def test_data_without_an_image_to_validate_with_are_refused(tmp_path: Path) -> None:
+    photos(tmp_path, {"cat": 1, "dog": 1})
+    with pytest.raises(DataError, match="spare one to validate"):
+        folder(tmp_path).build()
+
+
+def test_a_profile_that_asks_for_too_much_names_class_and_number(tmp_path: Path) -> None:
+    root = photos(tmp_path, {"cat": 40, "dog": 20, "emu": 10})
+    with pytest.raises(DataError, match="'dog' should keep 17 images, but 16 are there"):
+        folder(root, profile={"name": "counts", "counts": [10, 17, 5]}).build()
+
+
+def test_imagenet_takes_its_validation_folder_as_test_part(tmp_path: Path) -> None:
+    photos(tmp_path / "imagenet" / "train", {"n01": 10, "n02": 10})
+    photos(tmp_path / "imagenet" / "val", {"n01": 3, "n02": 3}, first=100)
+    data = dataset("imagenet", image_size=8).build(tmp_path)
+    assert counts_of(data.test, 2) == [3, 3]
+    assert counts_of(data.validation, 2) == [2, 2]
+
+
+def test_imagenet_that_is_missing_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"imagenet/train.*cannot be downloaded"):
+        dataset("imagenet").build(tmp_path)
+
+
+def test_inaturalist_is_read_through_torchvision(tmp_path: Path) -> None:
+    names = [f"0000{i}_Animalia_Chordata_Aves_Order_Family_Genus_s{i}" for i in range(2)]
+    photos(tmp_path / "inaturalist" / "2021_train_mini", dict.fromkeys(names, 6))
+    photos(tmp_path / "inaturalist" / "2021_valid", dict.fromkeys(names, 2), first=90)
+    data = dataset("inaturalist", image_size=8).build(tmp_path)
+    assert data.class_names == tuple(names)
+    assert counts_of(data.test, 2) == [2, 2]
+    old = tmp_path / "inaturalist" / "2019"
+    photos(old, {"Birds/0": 5, "Fungi/1": 5})
+    assert dataset("inaturalist", image_size=8, version="2019").build(tmp_path).class_names == (
+        "Birds/0",
+        "Fungi/1",
+    )
+
+
+def test_inaturalist_is_not_downloaded_unasked(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2021_train_mini.*data.download = true"):
+        dataset("inaturalist").build(tmp_path)
+
+
+def test_digits_are_those_of_scikit_learn_in_eight_bits() -> None:
+    from sklearn.datasets import load_digits
+
+    data = dataset("digits", test_fraction=0).build()
+    assert isinstance(data.train.images, ResidentImages)
+    assert data.image_shape == (1, 8, 8)
+    assert data.pool_counts.tolist() == np.bincount(load_digits().target).tolist()
+    expected = {
+        np.round(digit * 255 / 16).astype(np.uint8).tobytes() for digit in load_digits().images
+    }
+    assert set(pixels(data.train)) <= expected
+
+
+def write_mnist(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        targets = (np.arange(count) % 10).astype(np.uint8)
+        header = struct.pack(">II", 0x801, count)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(header + targets.tobytes())
+
+
+@pytest.mark.parametrize(("name", "own"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_is_read_where_torchvision_keeps_it(tmp_path: Path, name: str, own: str) -> None:
+    write_mnist(tmp_path / own / "raw", 60)
+    data = dataset(name).build(tmp_path)
+    assert data.image_shape == (1, 28, 28)
+    assert counts_of(data.test, 10) == [6] * 10
+    assert data.pool_counts.tolist() == [6] * 10
+
+
+def test_cifar_is_read_where_torchvision_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    own = tmp_path / "cifar-10-batches-py"
+    own.mkdir()
+    first = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
+        rows = first if name == "data_batch_1" else rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        batch = {"data": rows, "labels": [i % 10 for i in range(20)]}
+        (own / name).write_bytes(pickle.dumps(batch))
+    (own / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    data = dataset("cifar10").build(tmp_path)
+    assert data.class_names == tuple("abcdefghij")
+    assert (data.image_shape, len(data.train) + len(data.validation)) == ((3, 32, 32), 100)
+    assert {row.tobytes() for row in first} <= set(pixels(data.train)) | set(
+        pixels(data.validation)
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
+def test_missing_data_offline_say_where_they_belong(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(DataError, match=r"cannot be downloaded.*--data") as error:
+        dataset(name).build(tmp_path)
+    assert str(tmp_path) in str(error.value)

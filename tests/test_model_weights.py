@@ -1,0 +1,159 @@
+"""Pretrained weights from files: which are taken, and how others are refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from model_cases import TINY, build, component, noise
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tuner.errors import TunerError
+from tuner.seeding import seeded
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> str:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return str(path)
+
+
+def foreign(classes: int = 1000) -> dict[str, Tensor]:
+    """Weights as torchvision publishes them: with the head of its own data."""
+    from torchvision.models import get_model
+
+    with seeded("foreign"):
+        model = get_model(TINY["torchvision"], num_classes=classes)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_pretrained_backbone_is_loaded_and_its_head_of_another_size_left_out(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    suffix: str,
+    head: Literal["linear", "cosine"],
+) -> None:
+    weights = foreign()
+    file = save(weights, tmp_path / f"shufflenet{suffix}")
+    with caplog.at_level(logging.INFO, logger="tuner"):
+        model = build("torchvision", head=head, weights_file=file)
+    loaded = model.backbone.state_dict()["conv5.0.weight"]
+    assert torch.equal(loaded, weights["conv5.0.weight"])
+    assert torch.equal(model.head.weight, build("torchvision", head=head).head.weight)
+    assert "head of 1000 classes is left out" in caplog.text
+    assert file in caplog.text
+
+
+def test_pretrained_head_of_the_right_size_is_kept(tmp_path: Path) -> None:
+    weights = foreign(classes=10)
+    file = save(weights, tmp_path / "shufflenet.pth")
+    model = build("torchvision", weights_file=file)
+    assert torch.equal(model.head.weight, weights["fc.weight"])
+
+
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_weights_of_a_trained_classifier_can_be_loaded_again(tmp_path: Path, name: str) -> None:
+    with seeded("other"):
+        trained = component(name).build(10, (1, 32, 32)).eval()
+    file = save(trained.state_dict(), tmp_path / "best.safetensors")
+    again = build(name, (1, 32, 32), weights_file=file).eval()
+    images = noise(2, 1, 32, 32)
+    assert torch.equal(again(images), trained(images))
+
+
+def test_timm_reads_the_head_from_where_the_architecture_has_it(tmp_path: Path) -> None:
+    import timm
+
+    weights = timm.create_model("convnext_atto", num_classes=10).state_dict()
+    file = save(weights, tmp_path / "convnext.safetensors")
+    model = build("timm", architecture="convnext_atto", weights_file=file)
+    assert torch.equal(model.head.weight, weights["head.fc.weight"])
+    assert torch.equal(model.backbone.state_dict()["head.norm.weight"], weights["head.norm.weight"])
+
+
+@pytest.mark.parametrize("wrapping", ["state_dict", "model"])
+def test_weights_may_be_wrapped_as_training_scripts_save_them(
+    tmp_path: Path, wrapping: str
+) -> None:
+    weights = {f"module.{key}": value for key, value in foreign().items()}
+    file = tmp_path / "checkpoint.pth"
+    torch.save({wrapping: weights, "epoch": 90}, file)
+    model = build("torchvision", weights_file=str(file))
+    assert torch.equal(
+        model.backbone.state_dict()["conv1.1.weight"], weights["module.conv1.1.weight"]
+    )
+
+
+def test_auxiliary_heads_in_a_file_are_passed_over(tmp_path: Path) -> None:
+    from torchvision.models import googlenet
+
+    weights = googlenet(aux_logits=True, init_weights=False).state_dict()
+    assert any(key.startswith("aux1.") for key in weights)
+    file = save(weights, tmp_path / "googlenet.pth")
+    model = build("torchvision", (3, 64, 64), architecture="googlenet", weights_file=file)
+    loaded = model.backbone.state_dict()["conv1.conv.weight"]
+    assert torch.equal(loaded, weights["conv1.conv.weight"])
+
+
+def test_densenet_files_with_their_old_names_are_understood(tmp_path: Path) -> None:
+    from torchvision.models import densenet121
+
+    weights = densenet121().state_dict()
+    old = {
+        key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.")
+        if "denselayer" in key
+        else key: v
+        for key, v in weights.items()
+    }
+    assert old.keys() != weights.keys()
+    file = save(old, tmp_path / "densenet.pth")
+    model = build("torchvision", (3, 64, 64), architecture="densenet121", weights_file=file)
+    key = "features.denseblock1.denselayer1.norm1.weight"
+    assert torch.equal(model.backbone.state_dict()[key], weights[key])
+
+
+def test_weights_of_another_architecture_are_refused_with_file_and_keys(tmp_path: Path) -> None:
+    file = save(foreign(), tmp_path / "shufflenet.pth")
+    with pytest.raises(TunerError, match=r"shufflenet\.pth: .*lacks .*features"):
+        build("torchvision", (3, 64, 64), architecture="mobilenet_v2", weights_file=file)
+
+
+def test_weights_of_other_sizes_are_refused_with_file_and_keys(tmp_path: Path) -> None:
+    file = save(foreign() | {"conv1.0.weight": torch.zeros(24, 3, 5, 5)}, tmp_path / "w.pth")
+    with pytest.raises(TunerError, match=r"w\.pth: .*sizes.*conv1\.0\.weight"):
+        build("torchvision", weights_file=file)
+
+
+def test_missing_weights_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TunerError, match=r"nowhere\.pth: no such file"):
+        build("torchvision", weights_file=str(tmp_path / "nowhere.pth"))
+
+
+class Payload:
+    """Something a pickle could execute."""
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": Payload()}, {}, {"epoch": 1}, [torch.zeros(2)]], ids=str
+)
+def test_files_that_hold_no_plain_weights_are_refused(tmp_path: Path, content: Any) -> None:
+    file = tmp_path / "odd.pth"
+    torch.save(content, file)
+    with pytest.raises(TunerError, match=r"odd\.pth"):
+        build("torchvision", weights_file=str(file))
+
+
+def test_broken_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "broken.safetensors"
+    file.write_bytes(b"not weights at all")
+    with pytest.raises(TunerError, match=r"broken\.safetensors: cannot be read as weights"):
+        build("torchvision", weights_file=str(file))

@@ -1,0 +1,306 @@
+"""A study in a storage: one queue, exact budget, nothing claimed twice, nothing mixed up."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import MakeFile, MakeSession
+from optuna.trial import TrialState
+
+from tuner import session as sessions
+from tuner.datasets import Data
+from tuner.errors import DataError, StorageError
+from tuner.session import Session
+from tuner.storage import open_storage
+from tuner.tickets import claim, fill_queue, requeue, requeue_orphans, worker_name
+
+
+def test_queue_starts_with_the_baseline_and_one_default_per_loss(
+    make_session: MakeSession,
+) -> None:
+    losses: dict[str, Any] = {"cross_entropy": {}, "focal": {}, "ldam": {}}
+    session = make_session(budget={"trials": 6, "epochs": 3}, space={"loss": losses})
+    attrs = [trial.user_attrs for trial in session.trials(TrialState.WAITING)]
+    assert [a.get("baseline") for a in attrs] == [True, None, None, None, None, None]
+    assert [a.get("preset") for a in attrs] == [None, "focal", "ldam", None, None, None]
+
+
+def test_creating_again_adds_nothing_and_a_larger_budget_adds_the_difference(
+    make_session: MakeSession,
+) -> None:
+    make_session(budget={"trials": 4, "epochs": 3})
+    assert len(make_session(budget={"trials": 4, "epochs": 3}).trials()) == 4
+    assert len(make_session(budget={"trials": 7, "epochs": 3}).trials()) == 7
+
+
+def test_changed_study_file_under_an_old_name_is_refused(make_session: MakeSession) -> None:
+    make_session()
+    with pytest.raises(StorageError, match="'tiny'.*new name"):
+        make_session(budget={"trials": 4, "epochs": 5})
+
+
+def test_other_data_are_refused(
+    make_file: MakeFile, sqlite: str, tmp_path: Path, digits: Data
+) -> None:
+    sessions.create(make_file(), sqlite, tmp_path, digits)
+    other = replace(digits, fingerprint="0" * 64)
+    with pytest.raises(DataError, match="fingerprint"):
+        sessions.create(make_file(), sqlite, tmp_path, other)
+    with pytest.raises(DataError, match="fingerprint"):
+        sessions.check_data(sessions.join("tiny", sqlite, tmp_path), other)
+
+
+def test_tail_without_validation_images_is_refused(
+    make_file: MakeFile, sqlite: str, tmp_path: Path, digits: Data
+) -> None:
+    from tuner.datasets import Part
+
+    keep = ~sum(digits.validation.targets == c for c in digits.groups.tail).bool()  # type: ignore[union-attr]
+    part = Part(
+        digits.validation.images.select(keep.nonzero()[:, 0]), digits.validation.targets[keep]
+    )
+    with pytest.raises(DataError, match="tail_accuracy"):
+        sessions.create(make_file(), sqlite, tmp_path, replace(digits, validation=part))
+
+
+def test_unknown_study_names_the_ones_there_are(
+    make_session: MakeSession, sqlite: str, tmp_path: Path
+) -> None:
+    make_session()
+    with pytest.raises(StorageError, match="no study 'tinny'.*did you mean 'tiny'"):
+        sessions.join("tinny", sqlite, tmp_path)
+
+
+def test_study_of_somebody_else_is_not_touched(sqlite: str, tmp_path: Path) -> None:
+    optuna.create_study(study_name="theirs", storage=open_storage(sqlite))
+    with pytest.raises(StorageError, match="not made by Tuner"):
+        sessions.join("theirs", sqlite, tmp_path)
+
+
+def test_claims_come_in_order_and_a_requeued_trial_first(make_session: MakeSession) -> None:
+    session = make_session()
+    first, second = claim(session), claim(session)
+    assert first is not None
+    assert second is not None
+    assert (first.number, second.number) == (0, 1)
+    requeue(session, first._trial_id)
+    again = claim(session)
+    assert again is not None
+    assert again.number == 0
+
+
+def test_requeued_trial_keeps_its_parameters(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": 6, "epochs": 3})
+    for _ in range(2):
+        claim(session)
+    free = claim(session)
+    assert free is not None
+    recipe = session.file.space.suggest(free)
+    requeue(session, free._trial_id)
+    again = claim(session)
+    assert again is not None
+    assert again.number == free.number
+    assert session.file.space.suggest(again) == recipe
+
+
+def test_proposals_depend_on_the_study_seed_and_trial_only(
+    make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    def proposals(folder: str, seed: int) -> list[dict[str, Any]]:
+        file = make_file(search={"algorithm": "tpe", "seed": seed})
+        url = f"sqlite:///{tmp_path}/{folder}.db"
+        session = sessions.create(file, url, tmp_path / folder, digits)
+        found = []
+        while trial := claim(session):
+            session.file.space.suggest(trial)
+            found.append(trial.params)
+        return found
+
+    assert proposals("a", 0) == proposals("b", 0)
+    assert proposals("a2", 0) != proposals("c", 1)
+
+
+def test_grid_queues_every_distinct_point_once(make_session: MakeSession) -> None:
+    loss = {"class_balanced": {"beta": [0.9, 0.99], "base": ["softmax", "focal"], "gamma": [1, 2]}}
+    session = make_session(budget={"epochs": 3}, search={"algorithm": "grid"}, space={"loss": loss})
+    assert len(session.trials()) == 1 + 2 * (1 + 2)
+
+
+def test_orphan_of_a_dead_process_is_put_back_and_that_of_a_living_one_is_not(
+    make_session: MakeSession,
+) -> None:
+    session = make_session()
+    dead, alive = claim(session), claim(session)
+    assert dead is not None
+    assert alive is not None
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    host, _, started = json.loads(worker_name())
+    dead.set_user_attr("worker", json.dumps([host, int(gone.stdout), started]))
+    assert requeue_orphans(session) == [dead.number]
+    assert session.study.trials[alive.number].state == TrialState.RUNNING
+
+
+def test_process_with_a_recycled_number_is_not_taken_for_the_worker(
+    make_session: MakeSession,
+) -> None:
+    session = make_session()
+    trial = claim(session)
+    assert trial is not None
+    host, _, _ = json.loads(worker_name())
+    trial.set_user_attr("worker", json.dumps([host, os.getpid(), "1"]))
+    assert requeue_orphans(session) == [0]
+
+
+def finish(session: Session, *, tail: float, overall: float = 0.9, **attrs: Any) -> None:
+    """Complete the next ticket with the given accuracies, without training."""
+    trial = claim(session)
+    assert trial is not None
+    metrics = {"tail_accuracy": tail, "accuracy": overall, "balanced_accuracy": overall}
+    trial.set_user_attr("metrics", {"raw": metrics, "adjusted": metrics})
+    for key, value in attrs.items():
+        trial.set_user_attr(key, value)
+    session.study.tell(trial, tail)
+
+
+def test_best_keeps_the_floor_below_the_baseline(make_session: MakeSession) -> None:
+    session = make_session()
+    finish(session, tail=0.3, overall=0.9)
+    finish(session, tail=0.9, overall=0.2)
+    finish(session, tail=0.6, overall=0.89)
+    best = session.best()
+    assert best is not None
+    assert best.number == 2
+
+
+def test_without_a_floor_the_highest_tail_wins(make_session: MakeSession) -> None:
+    session = make_session(objective={"metric": "tail_accuracy", "floor": False})
+    finish(session, tail=0.3, overall=0.9)
+    finish(session, tail=0.9, overall=0.2)
+    best = session.best()
+    assert best is not None
+    assert best.number == 1
+
+
+def test_equal_values_are_told_apart_by_balanced_accuracy(make_session: MakeSession) -> None:
+    session = make_session()
+    for overall in (0.90, 0.91, 0.93, 0.92):
+        finish(session, tail=0.5, overall=overall)
+    best = session.best()
+    assert best is not None
+    assert best.number == 2
+
+
+PROGRESSIVE: dict[str, Any] = {
+    "budget": {"trials": 9, "epochs": 3},
+    "search": {"strategy": "progressive", "gate": 0.6},
+    "space": {
+        "loss": {
+            "cross_entropy": {},
+            "weighted_cross_entropy": {"power": [0.5, 1.0]},
+            "asymmetric": {},
+            "weighted_asymmetric": {},
+        },
+        "sampler": {"natural": {}, "class_aware": {"tail_factor": [1.0, 2.0]}},
+    },
+}
+
+
+def queued(session: Session) -> list[str]:
+    waiting = session.trials(TrialState.WAITING)
+    return [t.system_attrs["fixed_params"]["loss"] for t in waiting]
+
+
+def test_progressive_ladder_climbs_while_the_tail_is_below_the_gate(
+    make_session: MakeSession,
+) -> None:
+    session = make_session(**PROGRESSIVE)
+    assert queued(session) == ["cross_entropy"] * 3
+    for _ in range(3):
+        finish(session, tail=0.3)
+    assert fill_queue(session) == 2
+    assert queued(session) == ["weighted_cross_entropy"] * 2
+    finish(session, tail=0.3)
+    assert fill_queue(session) == 0, "a rung ends before the next begins"
+    finish(session, tail=0.5)
+    fill_queue(session)
+    assert queued(session) == ["asymmetric"] * 2
+    for _ in range(2):
+        finish(session, tail=0.4)
+    fill_queue(session)
+    waiting = session.trials(TrialState.WAITING)
+    fixed = [t.system_attrs["fixed_params"] for t in waiting]
+    assert [f["loss"] for f in fixed] == ["weighted_asymmetric"] * 2
+    assert [f["sampler"] for f in fixed] == ["class_aware"] * 2
+    for _ in range(2):
+        finish(session, tail=0.45)
+    assert fill_queue(session) == 0
+    best = session.best()
+    assert best is not None
+    assert best.number == 4, "the best rung is returned, not the last"
+
+
+def test_progressive_ladder_stops_once_the_gate_is_passed(make_session: MakeSession) -> None:
+    session = make_session(**PROGRESSIVE)
+    for _ in range(3):
+        finish(session, tail=0.61)
+    assert fill_queue(session) == 0
+
+
+def _claim_all(url: str, folder: Path, start: Any, results: Any) -> None:
+    start.wait()
+    session = sessions.join("tiny", url, folder)
+    numbers = []
+    while trial := claim(session):
+        numbers.append(trial.number)
+    results.put(numbers)
+
+
+def _create_at_once(make: Any, url: str, folder: Path, start: Any, results: Any) -> None:
+    file, data = make
+    start.wait()
+    sessions.create(file, url, folder, data)
+    results.put([])
+
+
+def _in_processes(target: Any, count: int, *args: Any) -> list[list[int]]:
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=target, args=(*args, start, results)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert all(process.exitcode == 0 for process in processes)
+    return found
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.database)])
+def storage(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+def test_every_ticket_is_claimed_by_exactly_one_of_many_processes(
+    storage: str, make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    sessions.create(make_file(budget={"trials": 40, "epochs": 3}), storage, tmp_path, digits)
+    claimed = _in_processes(_claim_all, 4, storage, tmp_path)
+    assert sorted(number for numbers in claimed for number in numbers) == list(range(40))
+
+
+def test_many_processes_create_one_study_with_one_queue_on_an_empty_storage(
+    storage: str, make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    made = (make_file(budget={"trials": 10, "epochs": 3}), digits)
+    _in_processes(_create_at_once, 4, made, storage, tmp_path)
+    assert len(sessions.join("tiny", storage, tmp_path).trials()) == 10

@@ -1,0 +1,202 @@
+"""The training loop: deterministic, resumable bit for bit, and honest about divergence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tuner import artifacts
+from tuner.datasets import Data
+from tuner.errors import NonFiniteError
+from tuner.lane import Lane
+from tuner.recipe import Recipe
+from tuner.trainer import epochs
+
+DIGITS = {
+    "name": "digits",
+    "profile": {"name": "exponential", "ratio": 10},
+    "validation_fraction": 0.4,
+    "test_fraction": 0.3,
+}
+
+
+def recipe(*, length: int = 4, **parts: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "epochs": length,
+        "seed": 7,
+        "data": DIGITS,
+        "model": {"name": "mlp"},
+        "training": {"batch_size": 64},
+        **parts,
+    }
+    return Recipe.from_dict(values)
+
+
+def trained(which: Recipe, data: Data) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Validation logits of every epoch, and the final weights."""
+    results = list(epochs(which, data))
+    return [r.logits for r in results], dict(results[-1].lane.model.state_dict())
+
+
+VARIED = {
+    "plain": {},
+    "adamw": {"optimizer": {"name": "adamw"}},
+    "deferred sampler and weights": {
+        "sampler": {"name": "class_aware", "exponent": 1.0, "start": 0.5},
+        "loss": {"name": "weighted_cross_entropy", "power": 1.0, "start": 0.5},
+    },
+    "fnr-adaptive with mixup": {
+        "loss": {"name": "fnr_adaptive"},
+        "augment": {"name": "standard", "flip": False, "crop_padding": 1, "mixup": 0.4},
+    },
+    "curriculum": {"sampler": {"name": "curriculum"}},
+    "two stages, classifier only": {
+        "training": {
+            "name": "two_stage",
+            "switch": 0.5,
+            "classifier_only": True,
+            "reset_head": True,
+            "batch_size": 64,
+        }
+    },
+    "batch norm and cosine head": {
+        "model": {"name": "small_cnn"},
+        "loss": {"name": "ldam", "start": 0.5},
+    },
+    "equalization": {"loss": {"name": "equalization"}},
+    "dropout": {"model": {"name": "mlp", "dropout": 0.3}},
+}
+
+
+@pytest.mark.parametrize("parts", VARIED.values(), ids=VARIED.keys())
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_training_continues_bit_for_bit(
+    parts: dict[str, Any], stop_after: int, digits: Data, tmp_path: Path
+) -> None:
+    which = recipe(**parts)
+    whole, weights = trained(which, digits)
+
+    interrupted = epochs(which, digits)
+    for _ in range(stop_after):
+        result = next(interrupted)
+    artifacts.save_checkpoint(tmp_path, result.snapshot())
+    next(interrupted, None)  # what ran on after the checkpoint must not matter
+    rest = list(epochs(which, digits, resume=artifacts.load_checkpoint(tmp_path)))
+
+    assert [r.epoch for r in rest] == list(range(stop_after, 4))
+    for ours, theirs in zip(rest, whole[stop_after:], strict=True):
+        assert torch.equal(ours.logits, theirs)
+    resumed = rest[-1].lane.model.state_dict()
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_same_recipe_gives_same_numbers_and_another_seed_others(digits: Data) -> None:
+    first, _ = trained(recipe(), digits)
+    again, _ = trained(recipe(), digits)
+    other, _ = trained(replace(recipe(), seed=8), digits)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_training_leaves_the_global_generator_alone(digits: Data) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    trained(recipe(length=1), digits)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_training_learns_the_digits(digits: Data) -> None:
+    logits, _ = trained(recipe(length=20), digits)
+    accuracy = (logits[-1].argmax(1) == digits.validation.targets).float().mean()
+    assert accuracy > 0.85
+
+
+def test_deferred_weights_change_nothing_before_their_start(digits: Data) -> None:
+    plain, _ = trained(recipe(), digits)
+    weighted = {"name": "weighted_cross_entropy", "power": 1.0, "start": 0.5}
+    deferred, _ = trained(recipe(loss=weighted), digits)
+    assert torch.equal(plain[1], deferred[1])
+    assert not torch.equal(plain[2], deferred[2])
+
+
+def test_classifier_only_stage_freezes_the_backbone(digits: Data) -> None:
+    which = recipe(
+        training={"name": "two_stage", "switch": 0.5, "classifier_only": True, "batch_size": 64},
+        model={"name": "small_cnn"},
+    )
+    snapshots = [result.snapshot().tensors for result in epochs(which, digits)]
+    backbone = [name for name in snapshots[0] if name.startswith("model/backbone")]
+    assert backbone
+    assert all(torch.equal(snapshots[1][name], snapshots[3][name]) for name in backbone)
+    assert not torch.equal(snapshots[1]["model/head.weight"], snapshots[3]["model/head.weight"])
+    assert any(not torch.equal(snapshots[0][name], snapshots[1][name]) for name in backbone)
+
+
+def test_balanced_first_draws_balanced_and_then_natural(digits: Data) -> None:
+    which = recipe(training={"name": "two_stage", "switch": 0.5, "order": "balanced_first"})
+    lane = Lane(which, digits, "cpu")
+    lane.begin_epoch()
+    first = torch.cat(lane.plan())
+    lane.epoch = 2
+    lane.begin_epoch()
+    second = torch.cat(lane.plan())
+    natural = torch.arange(len(digits.train))
+    assert not torch.equal(first.sort().values, natural)
+    assert torch.equal(second.sort().values, natural)
+
+
+def test_sigmoid_losses_start_at_the_prior_and_spare_the_bias_from_decay(digits: Data) -> None:
+    lane = Lane(recipe(loss={"name": "class_balanced", "base": "sigmoid"}), digits, "cpu")
+    bias = lane.model.head.bias
+    assert isinstance(bias, Tensor)
+    assert torch.allclose(bias, torch.full_like(bias, -torch.log(torch.tensor(9.0)).item()))
+    spared = [g for g in lane.optimizer.param_groups if g["weight_decay"] == 0]
+    assert any(bias is parameter for group in spared for parameter in group["params"])
+
+
+def test_diverging_training_says_so(digits: Data) -> None:
+    wild = recipe(optimizer={"name": "sgd", "lr": 1e30})
+    with pytest.raises(NonFiniteError, match="epoch"):
+        list(epochs(wild, digits))
+
+
+def test_bfloat16_trains_as_well_as_float32(digits: Data) -> None:
+    half = recipe(length=15, training={"batch_size": 64, "precision": "bfloat16"})
+    logits, _ = trained(half, digits)
+    assert logits[-1].dtype == torch.float32
+    accuracy = (logits[-1].argmax(1) == digits.validation.targets).float().mean()
+    assert accuracy > 0.8
+
+
+def test_last_batch_of_one_image_joins_the_one_before(digits: Data) -> None:
+    size = len(digits.train) - 1
+    lane = Lane(recipe(training={"batch_size": size}, model={"name": "small_cnn"}), digits, "cpu")
+    assert [len(batch) for batch in lane.plan()] == [size + 1]
+
+
+def test_snapshot_of_another_recipe_is_refused(digits: Data) -> None:
+    snapshot = next(epochs(recipe(), digits)).snapshot()
+    with pytest.raises(ValueError, match="another recipe"):
+        list(epochs(recipe(loss={"name": "focal"}), digits, resume=snapshot))
+
+
+def test_broken_checkpoint_starts_the_trial_again(tmp_path: Path, digits: Data) -> None:
+    artifacts.save_checkpoint(tmp_path, next(epochs(recipe(), digits)).snapshot())
+    path = tmp_path / artifacts.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:100])
+    assert artifacts.load_checkpoint(tmp_path) is None
+
+
+@pytest.mark.gpu
+def test_training_runs_on_the_gpu(digits: Data) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    results = list(epochs(recipe(length=10), digits.to("cuda"), device="cuda"))
+    accuracy = (results[-1].logits.argmax(1) == digits.validation.targets).float().mean()
+    assert accuracy > 0.7

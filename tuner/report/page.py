@@ -1,0 +1,312 @@
+"""The report: one HTML file that holds everything it shows."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import StorageError
+from tuner.report import data as numbers
+from tuner.report.assets import SCRIPT
+from tuner.report.data import (
+    OverviewData,
+    PruningData,
+    RecallData,
+    Setting,
+    VerdictData,
+    VerdictRow,
+)
+from tuner.report.markup import Html, content_policy, element, html, json_block, page, script, table
+from tuner.report.words import (
+    amount,
+    capital,
+    count,
+    difference,
+    duration,
+    estimate,
+    label,
+    p_value,
+)
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+
+def write_report(session: Session, path: Path) -> None:
+    """Write the report of a study to ``path``, all of it or nothing.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    text = report_html(session)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: the report cannot be written: {error.strerror}") from None
+
+
+def report_html(session: Session) -> str:
+    """The report as HTML text; it needs no network and runs no script but its own."""
+    session = numbers.still(session)
+    overview = numbers.overview_data(session)
+    content = [
+        *_lead(overview, numbers.verdict_data(session)),
+        *_recipe(overview),
+        *_data(overview),
+        *_figures(session),
+        *_reproduce(overview.name),
+        *_scripts(),
+    ]
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{html(_policy())}">'
+    return page(f"Study {overview.name}", *content, head=[Html(policy)])
+
+
+def _scripts() -> Iterator[Html]:
+    from plotly.offline import get_plotlyjs
+
+    from tuner.report.drawing import template
+
+    yield json_block("looks", {"light": template(dark=False), "dark": template(dark=True)})
+    yield script(get_plotlyjs())
+    yield script(SCRIPT)
+
+
+@cache
+def _policy() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return content_policy(get_plotlyjs(), SCRIPT)
+
+
+def _lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
+    """The answer first; what is missing is said where it would stand."""
+    yield element("p", _goal(overview), " ", _progress(overview), class_="soft")
+    yield element("h2", "Verdict")
+    if verdict is None:
+        yield element("p", _why_no_verdict(overview), class_="note")
+        return
+    yield element("p", *_headline(verdict), class_="lead")
+    yield from (element("p", note, class_="note") for note in _cautions(verdict))
+    where = f"{count(verdict.images, 'image')} of the {verdict.part} part"
+    yield table(
+        f"Both models on the same {where}; in brackets, 95 % intervals.",
+        ["", "plain cross-entropy", "best recipe", "difference", "p-value"],
+        [_verdict_row(row, verdict.part) for row in verdict.rows],
+    )
+    yield from _optimism(verdict)
+
+
+def _goal(overview: OverviewData) -> str:
+    how = "after logit adjustment" if overview.adjusted else "without adjustment"
+    text = f"Searched for the best {label(overview.metric)} on validation, {how}"
+    if overview.floor is None:
+        return f"{text}."
+    metric, drop = overview.floor
+    points = f"{100 * drop:.1f} points"
+    return f"{text}, while {label(metric)} stays within {points} of plain cross-entropy."
+
+
+def _progress(overview: OverviewData) -> str:
+    states = ", ".join(f"{number} {state}" for state, number in sorted(overview.states.items()))
+    return f"{count(overview.budget, 'trial')} planned; {states or 'none started yet'}."
+
+
+def _why_no_verdict(overview: OverviewData) -> str:
+    if overview.best is None:
+        return "No trial is complete yet, so there is nothing to compare."
+    return (
+        f"Not decided yet: the best trial so far, number {overview.best.number}, has not been "
+        "compared with plain cross-entropy. That happens once the study's trials are done."
+    )
+
+
+def _headline(verdict: VerdictData) -> Iterator[object]:
+    if verdict.best == verdict.baseline:
+        yield "The search found no recipe better than plain cross-entropy. "
+    objective = next((r for r in verdict.rows if r.metric == verdict.metric), verdict.rows[0])
+    rows = dict.fromkeys([objective, *(r for r in verdict.rows if r.metric == "accuracy")])
+    for row in rows:
+        yield f"{capital(label(row.metric))}: "
+        yield _difference(row, verdict.part)
+        yield ". "
+
+
+def _difference(row: VerdictRow, part: str) -> Html:
+    outcome = row.difference.outcome if row.difference else None
+    return element("span", difference(row.metric, row.difference, part), class_=outcome)
+
+
+def _verdict_row(row: VerdictRow, part: str) -> list[object]:
+    plain, best = (_number(estimate(row.metric, found)) for found in (row.baseline, row.best))
+    told, chance = _difference(row, part), _number(p_value(row.difference))
+    return [capital(label(row.metric)), plain, best, told, chance]
+
+
+def _number(text: str) -> Html:
+    """A number that stays on one line with what belongs to it."""
+    return element("span", text, class_="number") if text else Html("")
+
+
+def _cautions(verdict: VerdictData) -> Iterator[str]:
+    if verdict.part == "validation":
+        yield (
+            "The data have no test part. These are the images the search chose by, so the best "
+            "recipe looks better here than it will on new images."
+        )
+    if verdict.newer_best is not None:
+        yield (
+            f"Trial {verdict.newer_best} is better on validation than trial {verdict.best}, "
+            "which is compared here; the comparison with it is still to come."
+        )
+
+
+def _optimism(verdict: VerdictData) -> Iterator[Html]:
+    found, held = verdict.validation_value, verdict.test_value
+    if verdict.part == "test" and found is not None and held is not None:
+        name = label(verdict.metric)
+        yield element(
+            "p",
+            f"The search measured a {name} of {amount(verdict.metric, found)} on validation; on "
+            f"images it never saw, the same recipe has {amount(verdict.metric, held)}.",
+            class_="soft",
+        )
+
+
+def _recipe(overview: OverviewData) -> Iterator[Html]:
+    best = overview.best
+    if best is None:
+        return
+    yield element("h2", "Best recipe")
+    facts = [f"Trial {best.number}, {amount(overview.metric, best.value)} on validation"]
+    if best.tau is not None:
+        facts.append(f"logit adjustment τ = {best.tau:.2f}")
+    if best.kappa is not None:
+        facts.append(f"correction by sampling and weights κ = {best.kappa:.2f}")
+    yield element("p", "; ".join(facts) + ".")
+    chosen = [_setting(s) for s in best.settings if s.searched]
+    fixed = [_setting(s) for s in best.settings if not s.searched]
+    if chosen:
+        yield table("What the search chose.", ["setting", "value"], chosen)
+    everything = table("Fixed by the study file or by default.", ["setting", "value"], fixed)
+    yield element("details", element("summary", "What it did not search"), everything)
+
+
+def _setting(setting: Setting) -> tuple[str, str]:
+    return f"{setting.part} {setting.key}".strip(), _value(setting.value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(part)}" for key, part in value.items())
+    return str(value)
+
+
+def _data(overview: OverviewData) -> Iterator[Html]:
+    yield element("h2", "Data")
+    test = "not looked at yet" if overview.test is None else f"{overview.test:,}"
+    ratio = overview.imbalance_ratio
+    facts = [
+        ("classes", f"{overview.classes:,}"),
+        ("training images", f"{overview.training:,}"),
+        ("validation images", f"{overview.validation:,}"),
+        ("test images", test),
+        ("imbalance ratio", "–" if ratio is None else f"{ratio:.1f} : 1"),
+        *(
+            (f"{g.name} classes", f"{g.classes:,} with {g.images:,} images")
+            for g in overview.groups
+        ),
+        ("fingerprint", overview.fingerprint[:16]),
+    ]
+    yield table(f"What was learned from, by Tuner {overview.version}.", ["fact", "value"], facts)
+    yield from (element("p", warning, class_="note") for warning in overview.warnings)
+
+
+def _figures(session: Session) -> Iterator[Html]:
+    """Each figure with what to look for; one without data says what it waits for."""
+    from tuner.report import figures
+
+    yield element("h2", "Figures")
+    recall = numbers.recall_data(session)
+    history, losses = numbers.history_data(session), numbers.loss_data(session)
+    tradeoff, pruning = numbers.head_tail_data(session), numbers.pruning_data(session)
+    if recall is None:
+        yield element("p", "Recall per class comes with the verdict.", class_="soft")
+    else:
+        hint = "Each class once per model, with 95 % intervals; small classes are on the left."
+        yield _plot("recall", figures.recall_figure(recall), hint, _recall_table(recall))
+    if not history.points:
+        yield element("p", "No trial has been started yet.", class_="soft")
+        return
+    hint = "Points that break the floor do not count, however high they are."
+    yield _plot("history", figures.history_figure(history), hint)
+    hint = "One point per trial; the bar is the median of the complete ones."
+    yield _plot("losses", figures.loss_figure(losses), hint)
+    if tradeoff.points:
+        hint = "Towards the upper right is better; open marks break the floor."
+        yield _plot("tradeoff", figures.head_tail_figure(tradeoff), hint)
+    yield _plot("pruning", figures.pruning_figure(pruning), _pruning_hint(pruning))
+
+
+def _plot(name: str, figure: Any, hint: str, *more: Html) -> Html:
+    """A figure whose title is the caption, where screen readers and narrow screens read it."""
+    title = figure.layout.title.text
+    figure.layout.title = None
+    figure.layout.template = None
+    figure.layout.margin.t = 16
+    block = json_block(f"figure-{name}", figure.to_json())
+    box = element("div", class_="plot", data_figure=f"figure-{name}")
+    caption = element("figcaption", Html(title))
+    return element("figure", caption, element("p", hint), box, block, *more)
+
+
+def _recall_table(recall: RecallData) -> Html:
+    rows = [
+        (c.name, c.group, c.training, estimate("recall", c.baseline), estimate("recall", c.best))
+        for c in recall.classes
+    ]
+    head = ["class", "group", "training images", "plain cross-entropy", "best recipe"]
+    caption = f"Recall on the {recall.part} part, with 95 % Wilson intervals."
+    return element("details", element("summary", "The numbers"), table(caption, head, rows))
+
+
+def _pruning_hint(pruning: PruningData) -> str:
+    parts = [f"{number} {reason.replace('_', ' ')}" for reason, number in pruning.reasons.items()]
+    told = [f"Ended early: {', '.join(parts)}." if parts else "No trial ended early."]
+    if pruning.seconds_saved:
+        told.append(f"About {duration(pruning.seconds_saved)} were saved.")
+    if pruning.duplicates:
+        known = count(pruning.duplicate_epochs, "epoch")
+        told.append(f"Known results spared {known} more.")
+    return " ".join([*told, _control(pruning)])
+
+
+def _control(pruning: PruningData) -> str:
+    control = pruning.control
+    if not control.flagged:
+        return "No trial was trained on against the pruner's advice, so its price is not known."
+    who = f"{count(control.flagged, 'trial')} trained on against the pruner's advice"
+    if control.above_best_pruned is not None:
+        who += f" ({control.above_best_pruned} of them ended above every pruned trial)"
+    if control.regret is None:
+        return f"{who}."
+    if control.regret == 0:
+        return f"{who}: none of them became the best, so pruning cost nothing that they can show."
+    return f"{who}: pruning all of them would have cost {100 * control.regret:.1f} points."
+
+
+def _reproduce(name: str) -> Iterator[Html]:
+    quoted = shlex.quote(name)
+    yield element("h2", "Train it again")
+    yield element("p", "The first command writes the recipe and its weights to a folder.")
+    yield element(
+        "pre", element("code", f"tuner export {quoted} -o best\ntuner train best/recipe.toml")
+    )

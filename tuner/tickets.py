@@ -1,0 +1,142 @@
+"""The queue of a study: tickets, who works on which, and what goes back into it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tuner.search import algorithm
+from tuner.seeding import derive_seed
+from tuner.study import PROGRESSIVE, distinct_grid
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+Ticket = tuple[dict[str, Any], dict[str, Any]]
+"""Optuna parameters that are fixed beforehand, and user attributes."""
+
+GRACE_SECONDS = 60
+
+
+def fill_queue(session: Session) -> int:
+    """Put tickets for the trials of the budget that are due and not there yet; their number.
+
+    First the plain cross-entropy baseline, then one published default per loss, then the grid
+    or free tickets for the algorithm. The progressive strategy's tickets are due rung by rung.
+    Call it under ``storage.exclusive``, so that nothing is queued twice.
+    """
+    have = len(session.trials())
+    due = list(_tickets(session))[have:]
+    for params, attrs in due:
+        session.study.enqueue_trial(params, user_attrs=attrs)
+    return len(due)
+
+
+def _tickets(session: Session) -> Iterator[Ticket]:
+    file = session.file
+    space, losses, budget = file.space, list(file.space.parts["loss"]), file.trials()
+    plain = {"loss": "cross_entropy"} if "cross_entropy" in losses else {}
+    yield space.defaults(**plain), {"baseline": True}
+    if file.search.algorithm == "grid":
+        yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
+        return
+    if file.search.strategy == "progressive":
+        yield from _progressive_tickets(session)
+        return
+    presets = [loss for loss in losses if loss != "cross_entropy"][: budget - 1]
+    yield from ((space.defaults(loss=loss), {"preset": loss}) for loss in presets)
+    yield from (({}, {}) for _ in range(budget - 1 - len(presets)))
+
+
+def _progressive_tickets(session: Session) -> Iterator[Ticket]:
+    """A quarter of the budget for every rung that is reached, its published default first."""
+    file, space = session.file, session.file.space
+    budget, size = divmod(file.trials() - 1, len(PROGRESSIVE))
+    for rung, loss in enumerate(PROGRESSIVE):
+        if rung > 0 and not _climbs(session, rung - 1, budget + (rung - 1 < size)):
+            return
+        natural = "natural" if "natural" in space.parts["sampler"] else "class_aware"
+        names = {"loss": loss, "sampler": natural if rung < 3 else "class_aware"}
+        open_ = {part: name for part, name in names.items() if len(space.parts[part]) > 1}
+        for position in range(budget + (rung < size)):
+            first = position == 0
+            params = space.defaults(**names) if first else open_
+            yield params, {"rung": rung, **({"preset": loss} if first else {})}
+
+
+def _climbs(session: Session, rung: int, size: int) -> bool:
+    """Whether the progressive strategy goes on after a rung: its trials ended below the gate."""
+    own = [t for t in session.trials() if t.user_attrs.get("rung") == rung]
+    if len(own) < size or any(not t.state.is_finished() for t in own):
+        return False
+    kind = "adjusted" if session.file.objective.adjusted else "raw"
+    tails = [
+        t.user_attrs["metrics"][kind]["tail_accuracy"] or 0.0
+        for t in session.trials(TrialState.COMPLETE)
+        if session.keeps_floor(t)
+    ]
+    return max(tails, default=0.0) < session.file.search.gate
+
+
+def claim(session: Session) -> Trial | None:
+    """Take the next ticket; None when none is waiting. Exactly one process gets a ticket."""
+    storage, study = session.study._storage, session.study
+    for waiting in session.trials(TrialState.WAITING):
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                seed = derive_seed(session.file.search.seed, "search", waiting.number)
+                study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
+                trial = Trial(study, waiting._trial_id)
+                trial.set_user_attr("worker", worker_name())
+                return trial
+    return None
+
+
+def requeue(session: Session, trial_id: int) -> None:
+    """Put a running trial back in the queue; it keeps its parameters and its checkpoint."""
+    session.study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+
+def requeue_orphans(session: Session) -> list[int]:
+    """Put back the running trials of workers of this machine that are gone; their numbers."""
+    gone = [t for t in session.trials(TrialState.RUNNING) if _is_orphan(t)]
+    for trial in gone:
+        requeue(session, trial._trial_id)
+    return [trial.number for trial in gone]
+
+
+def worker_name() -> str:
+    """This process: host, process number and the moment it started, as JSON text."""
+    pid = os.getpid()
+    return json.dumps([socket.gethostname(), pid, _started(pid)])
+
+
+def _is_orphan(trial: FrozenTrial) -> bool:
+    """Whether the worker of a running trial, if it was one of this machine, is gone.
+
+    A worker killed before it could sign its trial is taken for gone after a minute.
+    """
+    worker = trial.user_attrs.get("worker")
+    if worker is None:
+        started = trial.datetime_start
+        return started is None or (datetime.now() - started).total_seconds() > GRACE_SECONDS
+    host, pid, started_at = json.loads(worker)
+    return bool(host == socket.gethostname() and _started(pid) != started_at)
+
+
+def _started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot; None when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]
