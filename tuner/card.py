@@ -73,7 +73,7 @@ def _results(session: Session, metrics: dict[str, Any]) -> str:
         return "\n".join(
             ["## Results on validation", "", "| accuracy | value |", "|---|---|", *rows]
         )
-    plain, best = verdict["rows"]
+    plain, best = verdict["rows"][:2]
     rows = [
         f"| {label} | {_with_interval(plain, name)} | {_with_interval(best, name)} |"
         for name, label in SHOWN.items()

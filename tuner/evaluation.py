@@ -81,7 +81,7 @@ def extras(
     }
 
 
-def test_logits(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
+def adjusted_logits(logits: Tensor, class_counts: Tensor, tau: float) -> Tensor:
     """Logits adjusted with a τ that was fixed before, for the test part or for use."""
     return adjust_logits(logits, log_priors(class_counts).to(logits.dtype), tau)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tuner import artifacts, checkpoint
 from tuner.datasets import Data, Part
-from tuner.evaluation import test_logits
+from tuner.evaluation import adjusted_logits
 from tuner.lane import Lane
 from tuner.metrics import confusion_matrix, evaluate, recall_per_class
 from tuner.recipe import Recipe
@@ -81,11 +81,14 @@ def _compare(
     objective = session.file.objective
     part = data.test or data.validation
     tau = best.user_attrs["tau"] if objective.adjusted else 0.0
+    free = baseline.user_attrs["tau"]
     plain = _logits(session, baseline, data, part, device)
-    chosen = test_logits(_logits(session, best, data, part, device), data.class_counts, tau)
+    adjusted = adjusted_logits(plain, data.class_counts, free)
+    chosen = adjusted_logits(_logits(session, best, data, part, device), data.class_counts, tau)
     rows = [
         _row("plain cross-entropy", baseline.number, 0.0, plain, part, data),
         _row("best recipe", best.number, tau, chosen, part, data),
+        _row("plain cross-entropy, adjusted", baseline.number, free, adjusted, part, data),
     ]
     return {
         "part": "validation" if data.test is None else "test",

@@ -62,15 +62,25 @@ def finish(session: Session, data: Data, device: str, folder: Path) -> None:
 
 def verdict_table(verdict: dict[str, Any]) -> Table:
     """Accuracies of plain cross-entropy and the best recipe, percent with 95 % intervals."""
+    plain, best = verdict["rows"][:2]
     images = sum(verdict["counts"])
-    table = Table(title=f"{verdict['part']} part, {images} images: accuracy in % [95 % interval]")
-    table.add_column("recipe")
+    table = Table(title=f"accuracy on the {verdict['part']} part ({images} images), 95 % intervals")
+    table.add_column("%")
+    for row in (plain, best):
+        table.add_column(f"{row['name']}\ntrial {row['trial']}", justify="right", no_wrap=True)
+    table.add_column("difference\npoints", justify="right", no_wrap=True)
     for metric in COMPARED:
-        table.add_column(LABELS[metric], justify="right")
-    for row in verdict["rows"]:
-        cells = [percent(row["metrics"][m], row["intervals"].get(m)) for m in COMPARED]
-        table.add_row(f"{row['name']} (trial {row['trial']})", *cells)
+        cells = [percent(r["metrics"][metric], r["intervals"].get(metric)) for r in (plain, best)]
+        table.add_row(LABELS[metric], *cells, points(verdict["differences"].get(metric)))
     return table
+
+
+def points(difference: dict[str, float] | None) -> str:
+    """A difference in percentage points, with its interval."""
+    if difference is None:
+        return "–"
+    estimate, low, high = (100 * difference[key] for key in ("estimate", "low", "high"))
+    return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
@@ -82,13 +92,19 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
     if verdict["best"] == verdict["baseline"]:
         lines.append("Nothing that was tried is better than plain cross-entropy.")
     elif found is not None:
-        points = [100 * found[key] for key in ("estimate", "low", "high")]
+        label = LABELS.get(session.file.objective.metric, "balanced")
         sure = found["low"] > 0 or found["high"] < 0
         lines.append(
-            f"Difference in {LABELS.get(session.file.objective.metric, 'balanced')} accuracy: "
-            f"{points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]"
-            + ("." if sure else ": these images do not show a difference.")
+            f"The recipes differ in {label} accuracy by {points(found)} points."
+            if sure
+            else f"These images do not show a difference in {label} accuracy."
         )
+    free = verdict["rows"][2]
+    lines.append(
+        f"Adjusting the logits of plain cross-entropy after training (tau = {free['tau']:.2f}), "
+        f"which costs nothing, gives tail {percent(free['metrics']['tail_accuracy'])} and overall "
+        f"{percent(free['metrics']['accuracy'])}."
+    )
     seen, now = verdict["validation_value"], verdict["test_value"]
     if seen is not None and now is not None and verdict["part"] == "test":
         lines.append(

@@ -22,6 +22,7 @@ BLUE, ORANGE, GREEN, PURPLE, RED, SKY = (
 """Colours that stay apart for colour-blind readers, of Okabe and Ito (2008)."""
 
 GREY = "#8c8c8c"
+PALE = "rgba(140, 140, 140, 0.3)"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 

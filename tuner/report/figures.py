@@ -21,6 +21,7 @@ from tuner.report.drawing import (
     COLOURS,
     GREY,
     MARKS,
+    PALE,
     SYMBOLS,
     add_baseline,
     add_points,
@@ -42,9 +43,16 @@ def recall_figure(data: RecallData) -> go.Figure:
     models = (("plain cross-entropy", "baseline", GREY, 0.97), ("best recipe", "best", BLUE, 1.03))
     for name, which, colour, shift in models:
         _add_recalls(figure, data.classes, name, which, colour, shift)
-    figure.update_xaxes(type="log")
+    sizes = [c.training for c in data.classes if c.training]
+    figure.update_xaxes(type="log", tickvals=_ticks(max(sizes, default=1)))
     figure.update_yaxes(range=[-3, 103])
     return figure
+
+
+def _ticks(highest: int) -> list[int]:
+    """1, 2, 5, 10, 20 ... past ``highest``: every label of a logarithmic axis in full."""
+    decades = range(len(str(highest)) + 1)
+    return [digit * 10**decade for decade in decades for digit in (1, 2, 5)]
 
 
 def _recall_title(data: RecallData) -> str:
@@ -162,6 +170,7 @@ def head_tail_figure(data: HeadTailData) -> go.Figure:
 
 
 def _add_tradeoffs(figure: go.Figure, loss: str, position: int, points: Sequence[Tradeoff]) -> None:
+    points = sorted(points, key=lambda p: not p.feasible)
     colour, symbol = COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)]
     texts = [
         f"trial {p.number}<br>{in_figure(p.summary)}<br>head {100 * p.head:.1f} %, "
@@ -195,11 +204,11 @@ def pruning_figure(data: PruningData) -> go.Figure:
         rows = [row for row in data.trials if row.state == state and row.trained]
         if rows:
             texts = [f"trial {r.number}: {r.trained} of {r.planned} epochs" for r in rows]
-            _add_bars(figure, mark.name, rows, [r.trained for r in rows], texts, mark.colour, 1)
+            _add_bars(figure, mark.name, rows, [r.trained for r in rows], texts, mark.colour)
     rest = [row for row in data.trials if row.state == "pruned"]
     texts = [f"trial {r.number}: pruned ({in_figure(r.reason or 'unknown')})" for r in rest]
     epochs = [row.planned - row.trained for row in rest]
-    _add_bars(figure, "not trained", rest, epochs, texts, GREY, 0.25)
+    _add_bars(figure, "not trained", rest, epochs, texts, PALE)
     figure.update_layout(barmode="stack", bargap=0.15)
     return figure
 
@@ -211,7 +220,6 @@ def _add_bars(
     epochs: Sequence[int],
     texts: Sequence[str],
     colour: str,
-    opacity: float,
 ) -> None:
     figure.add_bar(
         name=name,
@@ -219,5 +227,5 @@ def _add_bars(
         y=list(epochs),
         customdata=list(texts),
         hovertemplate="%{customdata}<extra></extra>",
-        marker={"color": colour, "opacity": opacity, "line": {"width": 0}},
+        marker={"color": colour, "line": {"width": 0}},
     )

@@ -42,7 +42,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -
 
 def _row(head: Sequence[str], row: Sequence[object]) -> Html:
     first, *rest = row
-    cells = (element("td", cell, data_label=h) for h, cell in zip(head[1:], rest, strict=True))
+    labels = head[1:] if len(rest) > 1 else [None]
+    cells = (element("td", cell, data_label=h) for h, cell in zip(labels, rest, strict=True))
     return element("tr", element("th", first, scope="row"), *cells)
 
 

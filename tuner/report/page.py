@@ -17,19 +17,15 @@ from tuner.report.data import (
     PruningData,
     RecallData,
     Setting,
-    VerdictData,
-    VerdictRow,
 )
+from tuner.report.lead import lead
 from tuner.report.markup import Html, content_policy, element, html, json_block, page, script, table
 from tuner.report.words import (
     amount,
-    capital,
     count,
-    difference,
     duration,
     estimate,
-    label,
-    p_value,
+    size,
 )
 
 if TYPE_CHECKING:
@@ -57,7 +53,7 @@ def report_html(session: Session) -> str:
     session = numbers.still(session)
     overview = numbers.overview_data(session)
     content = [
-        *_lead(overview, numbers.verdict_data(session)),
+        *lead(overview, numbers.verdict_data(session)),
         *_recipe(overview),
         *_data(overview),
         *_figures(session),
@@ -83,100 +79,6 @@ def _policy() -> str:
     from plotly.offline import get_plotlyjs
 
     return content_policy(get_plotlyjs(), SCRIPT)
-
-
-def _lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
-    """The answer first; what is missing is said where it would stand."""
-    yield element("p", _goal(overview), " ", _progress(overview), class_="soft")
-    yield element("h2", "Verdict")
-    if verdict is None:
-        yield element("p", _why_no_verdict(overview), class_="note")
-        return
-    yield element("p", *_headline(verdict), class_="lead")
-    yield from (element("p", note, class_="note") for note in _cautions(verdict))
-    where = f"{count(verdict.images, 'image')} of the {verdict.part} part"
-    yield table(
-        f"Both models on the same {where}; in brackets, 95 % intervals.",
-        ["", "plain cross-entropy", "best recipe", "difference", "p-value"],
-        [_verdict_row(row, verdict.part) for row in verdict.rows],
-    )
-    yield from _optimism(verdict)
-
-
-def _goal(overview: OverviewData) -> str:
-    how = "after logit adjustment" if overview.adjusted else "without adjustment"
-    text = f"Searched for the best {label(overview.metric)} on validation, {how}"
-    if overview.floor is None:
-        return f"{text}."
-    metric, drop = overview.floor
-    points = f"{100 * drop:.1f} points"
-    return f"{text}, while {label(metric)} stays within {points} of plain cross-entropy."
-
-
-def _progress(overview: OverviewData) -> str:
-    states = ", ".join(f"{number} {state}" for state, number in sorted(overview.states.items()))
-    return f"{count(overview.budget, 'trial')} planned; {states or 'none started yet'}."
-
-
-def _why_no_verdict(overview: OverviewData) -> str:
-    if overview.best is None:
-        return "No trial is complete yet, so there is nothing to compare."
-    return (
-        f"Not decided yet: the best trial so far, number {overview.best.number}, has not been "
-        "compared with plain cross-entropy. That happens once the study's trials are done."
-    )
-
-
-def _headline(verdict: VerdictData) -> Iterator[object]:
-    if verdict.best == verdict.baseline:
-        yield "The search found no recipe better than plain cross-entropy. "
-    objective = next((r for r in verdict.rows if r.metric == verdict.metric), verdict.rows[0])
-    rows = dict.fromkeys([objective, *(r for r in verdict.rows if r.metric == "accuracy")])
-    for row in rows:
-        yield f"{capital(label(row.metric))}: "
-        yield _difference(row, verdict.part)
-        yield ". "
-
-
-def _difference(row: VerdictRow, part: str) -> Html:
-    outcome = row.difference.outcome if row.difference else None
-    return element("span", difference(row.metric, row.difference, part), class_=outcome)
-
-
-def _verdict_row(row: VerdictRow, part: str) -> list[object]:
-    plain, best = (_number(estimate(row.metric, found)) for found in (row.baseline, row.best))
-    told, chance = _difference(row, part), _number(p_value(row.difference))
-    return [capital(label(row.metric)), plain, best, told, chance]
-
-
-def _number(text: str) -> Html:
-    """A number that stays on one line with what belongs to it."""
-    return element("span", text, class_="number") if text else Html("")
-
-
-def _cautions(verdict: VerdictData) -> Iterator[str]:
-    if verdict.part == "validation":
-        yield (
-            "The data have no test part. These are the images the search chose by, so the best "
-            "recipe looks better here than it will on new images."
-        )
-    if verdict.newer_best is not None:
-        yield (
-            f"Trial {verdict.newer_best} is better on validation than trial {verdict.best}, "
-            "which is compared here; the comparison with it is still to come."
-        )
-
-
-def _optimism(verdict: VerdictData) -> Iterator[Html]:
-    found, held = verdict.validation_value, verdict.test_value
-    if verdict.part == "test" and found is not None and held is not None:
-        name = label(verdict.metric)
-        yield element(
-            "p",
-            f"The search measured a {name} of {amount(verdict.metric, found)} on validation; on "
-            f"images it never saw, the same recipe has {amount(verdict.metric, held)}.",
-            class_="soft",
-        )
 
 
 def _recipe(overview: OverviewData) -> Iterator[Html]:
@@ -253,7 +155,7 @@ def _figures(session: Session) -> Iterator[Html]:
     if tradeoff.points:
         hint = "Towards the upper right is better; open marks break the floor."
         yield _plot("tradeoff", figures.head_tail_figure(tradeoff), hint)
-    yield _plot("pruning", figures.pruning_figure(pruning), _pruning_hint(pruning))
+    yield _plot("pruning", figures.pruning_figure(pruning), _pruning_hint(pruning, history.metric))
 
 
 def _plot(name: str, figure: Any, hint: str, *more: Html) -> Html:
@@ -278,7 +180,7 @@ def _recall_table(recall: RecallData) -> Html:
     return element("details", element("summary", "The numbers"), table(caption, head, rows))
 
 
-def _pruning_hint(pruning: PruningData) -> str:
+def _pruning_hint(pruning: PruningData, metric: str) -> str:
     parts = [f"{number} {reason.replace('_', ' ')}" for reason, number in pruning.reasons.items()]
     told = [f"Ended early: {', '.join(parts)}." if parts else "No trial ended early."]
     if pruning.seconds_saved:
@@ -286,10 +188,10 @@ def _pruning_hint(pruning: PruningData) -> str:
     if pruning.duplicates:
         known = count(pruning.duplicate_epochs, "epoch")
         told.append(f"Known results spared {known} more.")
-    return " ".join([*told, _control(pruning)])
+    return " ".join([*told, _control(pruning, metric)])
 
 
-def _control(pruning: PruningData) -> str:
+def _control(pruning: PruningData, metric: str) -> str:
     control = pruning.control
     if not control.flagged:
         return "No trial was trained on against the pruner's advice, so its price is not known."
@@ -300,7 +202,7 @@ def _control(pruning: PruningData) -> str:
         return f"{who}."
     if control.regret == 0:
         return f"{who}: none of them became the best, so pruning cost nothing that they can show."
-    return f"{who}: pruning all of them would have cost {100 * control.regret:.1f} points."
+    return f"{who}: pruning all of them would have cost {size(metric, control.regret)}."
 
 
 def _reproduce(name: str) -> Iterator[Html]:

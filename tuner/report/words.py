@@ -6,6 +6,7 @@ from html import escape
 
 from tuner.report.data import Difference, Estimate
 
+UNIT = "\N{NO-BREAK SPACE}%"
 LABELS = {
     "accuracy": "overall accuracy",
     "worst_class": "recall of the worst class",
@@ -36,7 +37,12 @@ def amount(metric: str, value: float | None) -> str:
     """A metric's value with its unit."""
     if value is None:
         return "–"
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3f}"
+    return f"{_bare(metric, value)}{UNIT if is_share(metric) else ''}"
+
+
+def size(metric: str, value: float) -> str:
+    """How large a difference is: percentage points, or the metric's own scale."""
+    return f"{_bare(metric, value)} points" if is_share(metric) else _bare(metric, value)
 
 
 def estimate(metric: str, found: Estimate | None) -> str:
@@ -56,12 +62,11 @@ def difference(metric: str, found: Difference | None, part: str) -> str:
         return "not compared"
     low, high = _bare(metric, found.low), _bare(metric, found.high)
     if found.outcome == "unclear":
-        middle = _bare(metric, found.estimate)
-        return f"no difference that this {part} part can show ({middle} points, {low} to {high})"
-    size = _bare(metric, abs(found.estimate))
+        middle = size(metric, found.estimate)
+        return f"no difference that this {part} part can show ({middle}, {low} to {high})"
     if found.estimate < 0:
         low, high = _bare(metric, -found.high), _bare(metric, -found.low)
-    return f"{found.outcome} by {size} points ({low} to {high})"
+    return f"{found.outcome} by {size(metric, abs(found.estimate))} ({low} to {high})"
 
 
 def p_value(found: Difference | None) -> str:
@@ -89,5 +94,5 @@ def in_figure(text: str) -> str:
 
 
 def _bare(metric: str, value: float) -> str:
-    number = 100 * value if is_share(metric) else value
-    return f"{number:.1f}" if is_share(metric) else f"{number:.3f}"
+    text = f"{100 * value:.1f}" if is_share(metric) else f"{value:.3f}"
+    return text.replace("-", "\N{MINUS SIGN}")

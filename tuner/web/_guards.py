@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-READING = frozenset({"GET", "HEAD", "OPTIONS"})
+READING = ("GET", "HEAD")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "SAMEORIGIN",
@@ -34,7 +34,7 @@ def read_only(app: WSGIApplication) -> WSGIApplication:
             start_response,
             HTTPStatus.METHOD_NOT_ALLOWED,
             {"reason": reason},
-            ("Allow", ", ".join(sorted(READING))),
+            ("Allow", ", ".join(READING)),
         )
 
     return guarded

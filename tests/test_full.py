@@ -1,0 +1,238 @@
+"""The full rung: what a trial leaves in the storage, and why it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeSession
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner import artifacts
+from tuner.datasets import Data
+from tuner.evaluation import assess_validation
+from tuner.losses import LOSSES
+from tuner.rungs import full
+from tuner.rungs.full import Outcome, run
+from tuner.session import Session
+from tuner.tickets import claim
+
+
+def run_next(session: Session, data: Data, **kwargs: Any) -> Outcome:
+    trial = claim(session)
+    assert trial is not None
+    return run(session, trial, data, device="cpu", stop=kwargs.pop("stop", lambda: False), **kwargs)
+
+
+def stored(session: Session, number: int) -> FrozenTrial:
+    return session.study.trials[number]
+
+
+def test_complete_trial_holds_recipe_metrics_adjustment_and_a_value_per_epoch(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session()
+    outcome = run_next(session, digits)
+    trial = stored(session, 0)
+    assert outcome.state == "complete"
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == trial.user_attrs["metrics"]["adjusted"]["tail_accuracy"]
+    assert sorted(trial.intermediate_values) == [0, 1, 2]
+    assert trial.intermediate_values[2] == trial.value
+    assert trial.user_attrs["recipe"]["loss"] == {"name": "cross_entropy"}
+    assert trial.user_attrs["kappa"] == 0
+    assert {"tau", "extras", "seconds", "digest", "settled"} <= set(trial.user_attrs)
+
+
+def test_metrics_can_be_recomputed_from_the_stored_logits(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session()
+    run_next(session, digits)
+    kept = artifacts.load_validation(session.trial_folder(0))
+    assert kept is not None
+    again = assess_validation(kept["logits"], digits)
+    metrics = stored(session, 0).user_attrs["metrics"]
+    for kind, found in (("raw", again.raw), ("adjusted", again.adjusted)):
+        for name, value in found.items():
+            assert value == pytest.approx(metrics[kind][name], abs=5e-3), (kind, name)
+
+
+def test_raw_objective_is_used_when_the_study_asks_for_it(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(objective={"metric": "balanced_accuracy", "adjusted": False})
+    run_next(session, digits)
+    trial = stored(session, 0)
+    assert trial.value == trial.user_attrs["metrics"]["raw"]["balanced_accuracy"]
+
+
+def test_equivalent_recipe_is_answered_from_the_record(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {"cross_entropy": {}, "asymmetric": {"eps": 0.0, "gamma_neg": 4.0}}
+    session = make_session(space={"loss": losses}, budget={"trials": 2, "epochs": 3})
+    run_next(session, digits)
+    monkeypatch.setattr(full, "epochs", lambda *_, **__: pytest.fail("trained again"))
+    outcome = run_next(session, digits)
+    assert outcome.state == "duplicate"
+    trial = stored(session, 1)
+    assert trial.user_attrs["duplicate_of"] == 0
+    assert trial.value == stored(session, 0).value
+
+
+def test_diverged_trial_is_pruned_at_once_with_the_reason(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(
+        space={"optimizer": {"sgd": {"lr": [1e30, 1e29]}}}, budget={"trials": 2, "epochs": 3}
+    )
+    outcome = run_next(session, digits)
+    assert (outcome.state, outcome.reason) == ("pruned", "not_finite")
+    trial = stored(session, 0)
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["reason"] == "not_finite"
+    assert "epoch 0" in trial.user_attrs["detail"]
+
+
+def test_trial_that_only_guesses_is_pruned_and_the_baseline_is_not(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(
+        budget={"trials": 2, "epochs": 10},
+        space={
+            "optimizer": {"sgd": {"lr": [1e-12, 2e-12]}},
+            "loss": {"cross_entropy": {}, "focal": {}},
+        },
+        model={"name": "small_cnn"},
+        objective={"metric": "tail_accuracy", "adjusted": False, "floor": False},
+        data={
+            "name": "digits",
+            "profile": {"name": "exponential", "ratio": 10},
+            "validation_fraction": 0.4,
+            "test_fraction": 0.3,
+        },
+    )
+    with torch.no_grad():
+        outcomes = [_guessing(session, digits), _guessing(session, digits)]
+    assert [o.state for o in outcomes] == ["complete", "pruned"]
+    assert outcomes[1].reason == "chance"
+    assert len(stored(session, 1).intermediate_values) == 3
+
+
+def _guessing(session: Session, data: Data) -> Outcome:
+    """Run a ticket whose model predicts class 0 for everything."""
+    from tuner.lane import Lane
+
+    constant = torch.zeros(len(data.validation), data.num_classes)
+    with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
+        patch.setattr(Lane, "logits", lambda *_: constant)
+        return run_next(session, data)
+
+
+def test_trial_far_behind_is_pruned_unless_it_belongs_to_the_control_group(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full, "is_behind", lambda *_, **__: True)
+    pruned = make_session(search={"control": 0.0, "prune_after": 0.5})
+    run_next(pruned, digits)
+    outcome = run_next(pruned, digits)
+    assert (outcome.state, outcome.reason) == ("pruned", "behind")
+    assert stored(pruned, 0).state == TrialState.COMPLETE, "the baseline is never pruned"
+    assert "metrics" in stored(pruned, 1).user_attrs
+
+    spared = make_session(name="spared", search={"control": 1.0, "prune_after": 0.5})
+    run_next(spared, digits)
+    assert run_next(spared, digits).state == "complete"
+    assert stored(spared, 1).user_attrs["would_prune_at"] == 1
+
+
+def test_error_in_the_code_fails_the_trial_and_keeps_the_traceback(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("somebody's bug")
+
+    monkeypatch.setattr(full, "epochs", broken)
+    session = make_session()
+    assert run_next(session, digits).reason == "code_error"
+    trial = stored(session, 0)
+    assert trial.state == TrialState.FAIL
+    assert "somebody's bug" in trial.user_attrs["detail"]
+
+
+def test_floor_is_set_as_a_constraint_of_the_trial(make_session: MakeSession, digits: Data) -> None:
+    session = make_session(
+        objective={"metric": "tail_accuracy", "floor": {"metric": "accuracy", "drop": 0.05}}
+    )
+    for _ in range(2):
+        run_next(session, digits)
+    baseline, other = session.study.trials[:2]
+    expected = (
+        baseline.user_attrs["metrics"]["raw"]["accuracy"]
+        - other.user_attrs["metrics"]["adjusted"]["accuracy"]
+        - 0.05
+    )
+    assert baseline.constraints == {}
+    assert other.constraints == {"floor": pytest.approx(expected)}
+
+
+def test_stopped_trial_goes_back_and_ends_as_if_it_had_never_stopped(
+    make_session: MakeSession, digits: Data
+) -> None:
+    whole = make_session(budget={"trials": 4, "epochs": 5})
+    for _ in range(3):
+        run_next(whole, digits)
+    session = make_session(name="stopped", budget={"trials": 4, "epochs": 5})
+    for _ in range(2):
+        run_next(session, digits)
+    assert run_next(session, digits, stop=lambda: True).state == "interrupted"
+    assert stored(session, 2).state == TrialState.WAITING
+    assert artifacts.load_checkpoint(session.trial_folder(2)) is not None
+    assert run_next(session, digits).state == "complete"
+    ours, theirs = stored(session, 2), stored(whole, 2)
+    assert ours.params == theirs.params
+    assert ours.intermediate_values == theirs.intermediate_values
+    assert ours.user_attrs["metrics"] == theirs.user_attrs["metrics"]
+    assert not (session.trial_folder(2) / artifacts.CHECKPOINT).exists()
+
+
+def test_weights_are_kept_of_the_best_trial_and_the_baseline_only(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(budget={"trials": 5, "epochs": 3})
+    for _ in range(5):
+        run_next(session, digits)
+    best = session.best()
+    assert best is not None
+    kept = {int(p.parent.name[6:]) for p in session.folder.glob(f"trial-*/{artifacts.WEIGHTS}")}
+    assert kept == {0, best.number}
+
+
+def test_baseline_is_plain_even_where_the_space_has_no_plain_choice(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(
+        space={
+            "loss": {"focal": {}, "ldam": {}},
+            "sampler": {"class_aware": {"exponent": [0.5, 1.0]}},
+        }
+    )
+    run_next(session, digits)
+    recipe = stored(session, 0).user_attrs["recipe"]
+    assert recipe["loss"]["name"] == "cross_entropy"
+    assert recipe["sampler"]["name"] == "natural"
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_trains_through_the_whole_path(
+    loss: str, make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(
+        budget={"trials": 2, "epochs": 3},
+        space={"loss": {"cross_entropy": {}, **({loss: {}} if loss != "cross_entropy" else {})},
+               "optimizer": {"sgd": {"lr": [0.05, 0.1]}}},
+    )  # fmt: skip
+    outcomes = [run_next(session, digits) for _ in range(2)]
+    assert all(o.state in ("complete", "duplicate") for o in outcomes), outcomes
