@@ -111,6 +111,10 @@ def add_trial(
         facts |= {"tau": 0.7, "metrics": metrics(values[-1], head, accuracy)}
     for key, fact in {**facts, **attrs}.items():
         trial.set_user_attr(key, fact)
+    if state == "complete" and not attrs.get("baseline"):
+        violation = session.floor_violation(trial.user_attrs["metrics"])
+        if violation is not None:
+            trial.set_constraint("floor", violation)
     for epoch, value in enumerate(values):
         trial.report(value, step=epoch)
     if state != "running":

@@ -5,6 +5,7 @@ import warnings
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from tuner import losses
 from tuner.errors import DataError
 from tuner.losses import LOSSES, Loss, LossComponent
 from tuner.losses._numerics import log_complement, sum_of_others
-from tuner.losses._weights import fitted_exponent
+from tuner.losses._weights import ClassCounts, fitted_exponent
 
 torch.set_num_threads(1)
 
@@ -719,3 +720,17 @@ def test_loss_on_the_gpu_equals_the_cpu_without_a_synchronisation(
         on_cpu(logits, targets),
     ]
     torch.testing.assert_close([value.cpu() for value in values], expected)
+
+
+@pytest.mark.parametrize("counts", [[50, 10, 2], (50, 10, 2), np.array([50, 10, 2])], ids=repr)
+def test_class_counts_may_be_a_list_or_an_array(counts: ClassCounts) -> None:
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    for loss in (
+        losses.WeightedCrossEntropyLoss,
+        losses.ClassBalancedLoss,
+        losses.LogitAdjustedLoss,
+        losses.LabelAwareSmoothingLoss,
+        losses.LdamLoss,
+    ):
+        expected = loss(torch.tensor([50, 10, 2]))(logits, targets)
+        assert torch.equal(loss(counts)(logits, targets), expected)

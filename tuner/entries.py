@@ -6,16 +6,18 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any, Protocol
 
-from pydantic import TypeAdapter, ValidationError
-
-from tuner.errors import StudyFileError, close_match
+from tuner.errors import StudyFileError, close_match, shown
+from tuner.registry import checked
 
 Value = bool | int | float | str | None
-RANGE_KEYS = {"low", "high", "log", "step"}
+RANGE_KEYS = ("low", "high", "log", "step")
+LARGEST_WHOLE = 2**53
+"""Optuna's storages keep parameters as float64, which is exact up to here."""
 
 
 class Suggester(Protocol):
@@ -52,8 +54,12 @@ class Fixed:
         """Nothing to enumerate."""
         return []
 
+    def size(self) -> int:
+        """One value."""
+        return 1
+
     def __str__(self) -> str:
-        return f"{self.value!r}"
+        return shown(self.value)
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,12 @@ class Choice:
         """All values."""
         return list(self._labels())
 
+    def size(self) -> int:
+        """Number of values."""
+        return len(self.values)
+
     def __str__(self) -> str:
-        return "one of " + ", ".join(repr(v) for v in self.values)
+        return "one of " + ", ".join(map(shown, self.values))
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class Range:
         else:
             value = (self.low + self.high) / 2
         if self.step is not None:
-            value = self.low + round((value - self.low) / self.step) * self.step
+            value = self._at(round((value - self.low) / self.step))
         return round(value) if self.whole else float(value)
 
     def grid(self) -> list[float]:
@@ -119,16 +129,23 @@ class Range:
         Raises:
             StudyFileError: The range has no step, so it has no finite grid.
         """
+        return [self._at(i) for i in range(self.size())]
+
+    def size(self) -> int:
+        """Number of values of the grid; raises as ``grid`` does."""
         step = self.step or (1 if self.whole else None)
         if step is None:
-            raise StudyFileError("a grid needs a list, or a range with a step")
-        count = int((self.high - self.low) / step + 1e-9) + 1
-        values = [self.low + i * step for i in range(count)]
-        return [round(v) for v in values] if self.whole else values
+            raise StudyFileError("a grid needs a list of values, or a range with a step")
+        return int((_decimal(self.high) - _decimal(self.low)) / _decimal(step)) + 1
+
+    def _at(self, index: int) -> float:
+        """Value ``index`` steps above ``low``, without the rounding of repeated addition."""
+        value = _decimal(self.low) + index * _decimal(self.step or 1)
+        return int(value) if self.whole else float(value)
 
     def __str__(self) -> str:
-        extra = (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
-        return f"{self.low:g} to {self.high:g}{extra}"
+        extra = (", log" if self.log else "") + (f", step {self.step:.12g}" if self.step else "")
+        return f"{self.low:.12g} to {self.high:.12g}{extra}"
 
 
 Entry = Fixed | Choice | Range
@@ -144,79 +161,96 @@ def parse_entry(cls: type[Any], key: str, value: Any, where: str) -> Entry:
     Raises:
         StudyFileError: The key is unknown or a value does not fit its annotation.
     """
-    types_ = typing.get_type_hints(cls, include_extras=True)
     known = [field.name for field in fields(cls)]
     if key not in known:
         raise StudyFileError(f"{where}.{key}: unknown key{close_match(key, known)}")
-    adapter = TypeAdapter(types_[key])
-    if isinstance(value, Mapping) and {"low", "high"} & set(value):
-        return _parse_range(types_[key], adapter, value, f"{where}.{key}")
-    if isinstance(value, list) and not _fits(adapter, value):
-        if not value:
-            raise StudyFileError(f"{where}.{key}: an empty list offers no choice")
-        for item in value:
-            _check(adapter, item, f"{where}.{key}")
-        if len(set(map(json.dumps, value))) < len(value):
-            raise StudyFileError(f"{where}.{key} = {value!r}: a value stands twice")
-        return Choice(tuple(value)) if len(value) > 1 else Fixed(value[0])
-    _check(adapter, value, f"{where}.{key}")
-    return Fixed(value)
+    hint = typing.get_type_hints(cls, include_extras=True)[key]
+    if isinstance(value, Mapping):
+        return _parse_range(hint, value, f"{where}.{key}")
+    if isinstance(value, list) and (not _is_list(hint) or any(isinstance(v, list) for v in value)):
+        return _parse_choice(hint, value, f"{where}.{key}")
+    return Fixed(plain(checked(hint, value, f"{where}.{key}")))
 
 
-def _parse_range(hint: Any, adapter: TypeAdapter[Any], value: Any, where: str) -> Entry:
-    unknown = set(value) - RANGE_KEYS
-    if unknown:
-        name = sorted(unknown)[0]
-        raise StudyFileError(f"{where}.{name}: unknown key{close_match(name, RANGE_KEYS)}")
+def _parse_choice(hint: Any, items: list[Any], where: str) -> Entry:
+    if not items:
+        raise StudyFileError(f"{where} = []: an empty list offers no choice; give it values")
+    values = [plain(checked(hint, item, f"{where}[{i}]")) for i, item in enumerate(items)]
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise StudyFileError(f"{where} = {shown(items)}: {shown(twice[0])} stands twice")
+    return Choice(tuple(values)) if len(values) > 1 else Fixed(values[0])
+
+
+def _parse_range(hint: Any, table: Mapping[str, Any], where: str) -> Entry:
+    kinds = set(_alternatives(hint))
+    if not kinds <= {int, float}:
+        raise StudyFileError(
+            f"{where} = {shown(table)}: only numbers have ranges; give a value or a list of values"
+        )
+    for key in table:
+        if key not in RANGE_KEYS:
+            raise StudyFileError(f"{where}.{key}: unknown key{close_match(key, RANGE_KEYS)}")
     for end in ("low", "high"):
-        if end not in value:
+        if end not in table:
             raise StudyFileError(f"{where}: a range needs low and high; {end} is missing")
-        if isinstance(value[end], bool) or not isinstance(value[end], int | float):
-            raise StudyFileError(f"{where}.{end} = {value[end]!r}: must be a number")
-        if not math.isfinite(value[end]):
-            raise StudyFileError(f"{where}.{end} = {value[end]!r}: must be finite")
-        _check(adapter, value[end], f"{where}.{end}")
-    low, high, log, step = (value["low"], value["high"], value.get("log", False), value.get("step"))
-    if not isinstance(log, bool):
-        raise StudyFileError(f"{where}.log = {log!r}: must be true or false")
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int | float)):
-        raise StudyFileError(f"{where}.step = {step!r}: must be a number")
-    whole = _is_whole(hint)
-    if whole and not all(float(v).is_integer() for v in (low, high, step or 1)):
-        raise StudyFileError(f"{where}: low, high and step must be whole numbers")
+    low, high = (checked(hint, table[end], f"{where}.{end}") for end in ("low", "high"))
+    log = checked(bool, table.get("log", False), f"{where}.log")
+    step = table.get("step")
+    whole = kinds == {int}
+    if step is not None:
+        step = checked(int if whole else float, step, f"{where}.step")
+    _check_range(low, high, log, step, where)
+    return Fixed(low) if low == high else Range(low, high, log, step, whole)
+
+
+def _check_range(low: float, high: float, log: bool, step: float | None, where: str) -> None:
     if low > high:
-        raise StudyFileError(f"{where}: low = {low!r} is above high = {high!r}")
-    if log and (low <= 0 or step is not None):
-        raise StudyFileError(f"{where}: log = true needs low > 0 and no step")
-    if step is not None and not 0 < step <= high - low:
-        raise StudyFileError(f"{where}.step = {step!r}: must be above 0 and fit between low, high")
-    if low == high:
-        return Fixed(low)
-    return Range(low, high, log, step, whole)
+        raise StudyFileError(f"{where}: low = {low:.12g} is above high = {high:.12g}")
+    if isinstance(high, int) and high > LARGEST_WHOLE:
+        raise StudyFileError(f"{where}.high = {shown(high)}: must be at most {LARGEST_WHOLE}")
+    if log and low <= 0:
+        raise StudyFileError(f"{where}.low = {low:.12g}: must be above 0 when log = true")
+    if log and step is not None:
+        raise StudyFileError(f"{where}: log = true and a step exclude each other; leave one out")
+    if step is None or low == high:
+        return
+    if not 0 < step <= high - low:
+        raise StudyFileError(
+            f"{where}.step = {step:.12g}: must be above 0 and at most high - low = "
+            f"{high - low:.12g}"
+        )
+    if (high - low) / step > LARGEST_WHOLE:
+        raise StudyFileError(f"{where}.step = {step:.12g}: is too small to count the steps")
+    over = (_decimal(high) - _decimal(low)) % _decimal(step)
+    if over:
+        raise StudyFileError(
+            f"{where}: steps of {step:.12g} from low = {low:.12g} do not meet high = {high:.12g}; "
+            f"write high = {_decimal(high) - over:.12g}, or take another step"
+        )
 
 
-def _check(adapter: TypeAdapter[Any], value: Any, where: str) -> None:
-    try:
-        adapter.validate_python(value)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise StudyFileError(f"{where} = {value!r}: {message[0].lower()}{message[1:]}") from None
+def plain(value: Any) -> Any:
+    """A hyperparameter's value as TOML has it: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _fits(adapter: TypeAdapter[Any], value: Any) -> bool:
-    try:
-        adapter.validate_python(value)
-    except ValidationError:
-        return False
-    return True
+def _decimal(value: float) -> Decimal:
+    return Decimal(str(value))
 
 
-def _is_whole(hint: Any) -> bool:
-    """Whether a hyperparameter is a whole number, whatever wraps its annotation."""
+def _is_list(hint: Any) -> bool:
+    """Whether the values of a hyperparameter are lists themselves."""
+    return any(typing.get_origin(kind) is tuple for kind in _alternatives(hint))
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    """The types a value may have, whatever wraps the annotation; None is left out."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
-        return _is_whole(typing.get_args(hint)[0])
-    if origin in (typing.Union, types.UnionType):
-        kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return all(_is_whole(kind) for kind in kinds)
-    return hint is int
+        yield from _alternatives(typing.get_args(hint)[0])
+    elif origin in (typing.Union, types.UnionType):
+        for kind in typing.get_args(hint):
+            yield from _alternatives(kind)
+    elif hint is not type(None):
+        yield hint

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+
+SHOWN_LENGTH = 80
 
 
 class TunerError(Exception):
@@ -40,9 +43,31 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 def close_match(name: str, known: Iterable[str]) -> str:
     """End of a sentence about a wrong name: the closest known name, and all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    if not known:
+        return "; there are none here"
+    lowered = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    hint = f"; did you mean {lowered[close[0]]!r}?" if close else "."
     return f"{hint} Known: {', '.join(known)}"
+
+
+def shown(value: object) -> str:
+    """A value as a TOML file writes it, shortened to ``SHOWN_LENGTH`` characters."""
+    text = _toml(value)
+    return text if len(text) <= SHOWN_LENGTH else text[: SHOWN_LENGTH - 1] + "…"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{key} = {_toml(item)}" for key, item in value.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return str(value)
 
 
 SMOTE_REFUSAL = (

@@ -7,20 +7,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from tuner.augment import AUGMENTS
 from tuner.datasets import DATASETS
-from tuner.errors import StudyFileError, unknown_name
+from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.imbalance import Groups, total_correction
 from tuner.losses import LOSSES
 from tuner.models import MODELS
 from tuner.optim import OPTIMIZERS
-from tuner.registry import Registry
+from tuner.registry import Registry, checked
 from tuner.samplers import SAMPLERS
 from tuner.schedules import SCHEDULES
 from tuner.training import TRAININGS
@@ -81,11 +81,10 @@ class Recipe:
             if key not in known:
                 raise StudyFileError(f"{where}: {unknown_name('key', key, known)}")
         parts = {part: parse_part(part, values.get(part), where=where) for part in PARTS}
-        epochs, seed = values.get("epochs"), values.get("seed", 0)
-        if not isinstance(epochs, int) or epochs < 1:
-            raise StudyFileError(f"{where}: epochs = {epochs!r} must be a whole number >= 1")
-        if not isinstance(seed, int) or seed < 0:
-            raise StudyFileError(f"{where}: seed = {seed!r} must be a whole number >= 0")
+        if "epochs" not in values:
+            raise StudyFileError(f"{where}: epochs is missing; add it at the top, as epochs = 60")
+        epochs = checked(Annotated[int, Field(ge=1)], values["epochs"], f"{where}: epochs")
+        seed = checked(Annotated[int, Field(ge=0)], values.get("seed", 0), f"{where}: seed")
         return cls(**parts, epochs=epochs, seed=seed)
 
     def canonical(self) -> Recipe:
@@ -132,13 +131,20 @@ def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> An
             )
         return PARTS[part][DEFAULTS[part]]()
     if not isinstance(values, Mapping):
-        raise StudyFileError(f"{where}: {part} must be a table with a name, not {values!r}")
+        raise StudyFileError(
+            f"{where}: {part} = {shown(values)}: must be a table; write [{part}] with a name"
+        )
     rest = dict(values)
     name = rest.pop("name", DEFAULTS.get(part))
-    if name is None:
+    if not isinstance(name, str):
+        wrong = f"[{part}] has no name" if name is None else f"{part}.name = {shown(name)}"
         known = ", ".join(sorted(PARTS[part]))
-        raise StudyFileError(f"{where}: [{part}] has no name; one of: {known}")
-    return PARTS[part].parse(name, rest, where=f"{where}: {part}")
+        raise StudyFileError(f"{where}: {wrong}; give one name in quotes, of: {known}")
+    try:
+        return PARTS[part].parse(name, rest, where=f"{where}: {part}")
+    except StudyFileError as error:
+        unnamed = "" if "name" in values else f" ([{part}] has no name, so it is {name})"
+        raise StudyFileError(f"{error}{unnamed}") from None
 
 
 def dump_component(part: str, instance: Any) -> dict[str, Any]:
@@ -157,10 +163,28 @@ def read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
+    except RecursionError:
+        raise StudyFileError(f"{path}: not valid TOML: nested too deeply") from None
+    except ValueError as error:
+        raise StudyFileError(f"{path}: not valid TOML: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        StudyFileError: The file is missing or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise StudyFileError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise StudyFileError(f"{path}: is a folder; give the file in it") from None
+    except UnicodeDecodeError as error:
+        raise StudyFileError(
+            f"{path}: not a text file in UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
         raise StudyFileError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise StudyFileError(f"{path}: not valid TOML: {error}") from None

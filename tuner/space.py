@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from tuner.entries import Choice, Entry, Fixed, Suggester, parse_entry
-from tuner.errors import StudyFileError, unknown_name
+from tuner.entries import Choice, Entry, Fixed, Suggester, parse_entry, plain
+from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.recipe import DEFAULTS, PARTS, Recipe, dump_component, parse_part
 
 Branches = dict[str, dict[str, Entry]]
@@ -68,14 +69,20 @@ class Space:
     def _part_grid(self, part: str) -> Iterator[dict[str, Any]]:
         for name, entries in self.parts[part].items():
             own = {part: name} if len(self.parts[part]) > 1 else {}
-            open_ = {k: e for k, e in entries.items() if not isinstance(e, Fixed)}
-            try:
-                axes = [entry.grid() for entry in open_.values()]
-            except StudyFileError as error:
-                raise StudyFileError(f"space.{part}.{name}: {error}") from None
-            keys = [f"{part}.{name}.{key}" for key in open_]
-            for values in itertools.product(*axes):
-                yield {**own, **dict(zip(keys, values, strict=True))}
+            axes = {f"{part}.{name}.{k}": e for k, e in entries.items() if not isinstance(e, Fixed)}
+            for values in itertools.product(*(entry.grid() for entry in axes.values())):
+                yield {**own, **dict(zip(axes, values, strict=True))}
+
+    def grid_size(self) -> int:
+        """Number of combinations that ``grid`` yields, without making them.
+
+        Raises:
+            StudyFileError: A range has no step; the hyperparameter is named.
+        """
+        return math.prod(
+            sum(math.prod(_axis_sizes(f"space.{part}.{name}", e)) for name, e in branches.items())
+            for part, branches in self.parts.items()
+        )
 
     def rows(self) -> list[tuple[str, str]]:
         """The searched hyperparameters as (name, what it ranges over), for people."""
@@ -93,6 +100,14 @@ def _plain(part: str, branches: Branches) -> str:
     return DEFAULTS[part] if DEFAULTS.get(part) in branches else next(iter(branches))
 
 
+def _axis_sizes(place: str, entries: dict[str, Entry]) -> Iterator[int]:
+    for key, entry in entries.items():
+        try:
+            yield entry.size()
+        except StudyFileError as error:
+            raise StudyFileError(f"{place}.{key}: {error}") from None
+
+
 def default_of(cls: type[Any], key: str) -> Any:
     """Default of a component's hyperparameter; None when it has none."""
     for field in fields(cls):
@@ -100,7 +115,7 @@ def default_of(cls: type[Any], key: str) -> Any:
             default = field.default
             if isinstance(default, FieldInfo):
                 default = default.default
-            return None if default is MISSING else default
+            return None if default is MISSING else plain(default)
     return None
 
 
@@ -113,8 +128,12 @@ def parse_space(
         StudyFileError: A part, component or key is unknown, a part is given twice, or a value
             does not fit its hyperparameter.
     """
+    if "data" in tables:
+        raise StudyFileError(
+            f"{where}: [space.data] cannot be searched; all trials of a study share [data]"
+        )
     for part in tables:
-        if part not in PARTS or part == "data":
+        if part not in PARTS:
             known = [p for p in PARTS if p != "data"]
             raise StudyFileError(f"{where}: {unknown_name('part', part, known)}")
         if part in fixed:
@@ -126,24 +145,38 @@ def parse_space(
         if part in tables:
             parts[part] = _parse_branches(part, tables[part], f"{where}: space.{part}")
         else:
-            values = dump_component(part, parse_part(part, fixed.get(part), where=where))
+            values = dump_component(part, _parse_fixed(part, fixed.get(part), where))
             name = values.pop("name")
             parts[part] = {name: {key: Fixed(value) for key, value in values.items()}}
     return Space(parts, epochs, seed)
 
 
+def _parse_fixed(part: str, values: Any, where: str) -> Any:
+    try:
+        return parse_part(part, values, where=where)
+    except StudyFileError as error:
+        given = values.values() if isinstance(values, Mapping) and part != "data" else ()
+        if not any(isinstance(value, list | Mapping) for value in given):
+            raise
+        raise StudyFileError(
+            f"{error}; to search lists and ranges, write [space.{part}.<name>] instead of [{part}]"
+        ) from None
+
+
 def _parse_branches(part: str, tables: Any, where: str) -> Branches:
     if not isinstance(tables, Mapping) or not tables:
-        raise StudyFileError(f"{where}: must hold one table per component, [space.{part}.<name>]")
+        raise StudyFileError(
+            f"{where} = {shown(tables)}: must hold a table per component, [space.{part}.<name>]"
+        )
     branches: Branches = {}
     for name, entries in tables.items():
-        if name not in PARTS[part]:
-            raise StudyFileError(f"{where}: {unknown_name(part, name, PARTS[part])}")
         if not isinstance(entries, Mapping):
             raise StudyFileError(
-                f"{where}.{name} = {entries!r}: must be a table; write [space.{part}.<name>] "
+                f"{where}.{name} = {shown(entries)}: must be a table; write [space.{part}.<name>] "
                 f"with the component's name, or [{part}] for a fixed one"
             )
+        if name not in PARTS[part]:
+            raise StudyFileError(f"{where}: {unknown_name(part, name, PARTS[part])}")
         cls = PARTS[part][name]
         branches[name] = {k: parse_entry(cls, k, v, f"{where}.{name}") for k, v in entries.items()}
         _check_together(part, name, branches[name], where)
@@ -158,4 +191,4 @@ def _check_together(part: str, name: str, entries: dict[str, Entry], where: str)
         else (entry.values[0] if isinstance(entry, Choice) else entry.default(None))
         for key, entry in entries.items()
     }
-    PARTS[part].parse(name, default, where=where)
+    PARTS[part].parse(name, default, where=f"{where}.{name}")

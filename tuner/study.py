@@ -6,16 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from tuner.errors import StudyFileError, unknown_name
+from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.metrics import METRICS
-from tuner.recipe import PARTS, parse_part, read_toml
-from tuner.registry import Registry, component
+from tuner.recipe import PARTS, parse_part, read_text, read_toml
+from tuner.registry import checked, component
 from tuner.space import Space, parse_space
+
+LARGEST = 100_000
+LARGEST_GRID = 10_000
+LONGEST_NAME = 100
 
 
 @component
@@ -26,28 +31,39 @@ class Floor:
     drop: Annotated[float, Field(ge=0, le=1)] = 0.02
 
 
+def _floor(value: Any) -> Any:
+    if value is False:
+        return None
+    if value is not None and not isinstance(value, Mapping | Floor):
+        raise ValueError("must be a table with metric and drop, or false for no floor")
+    return value
+
+
 @component
 class Objective:
-    """What a trial is judged by: a metric on validation, adjusted by default, and a floor."""
+    """What a trial is judged by: a metric on validation, adjusted by default, and a floor.
+
+    In a study file ``floor = false`` stands for none.
+    """
 
     metric: str = "tail_accuracy"
     adjusted: bool = True
-    floor: Floor | Literal[False] = Floor()
+    floor: Annotated[Floor | None, BeforeValidator(_floor)] = Floor()
 
 
 @component
 class Budget:
     """How much may be trained: trials (all of a grid when not given), epochs of each trial."""
 
-    trials: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[int, Field(ge=1)]
+    trials: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
+    epochs: Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 @component
 class Ladder:
     """The rungs a study climbs; ``full`` trains every trial."""
 
-    rungs: tuple[Literal["full"], ...] = ("full",)
+    rungs: Annotated[tuple[Literal["full"], ...], Field(min_length=1, max_length=1)] = ("full",)
 
 
 @component
@@ -102,7 +118,16 @@ class StudyFile:
         """Number of trials the budget allows; for a grid, the grid's size when not given."""
         if self.budget.trials is not None:
             return self.budget.trials
-        return len(distinct_grid(self.space)) + 1
+        return len(self.grid) + 1
+
+    @cached_property
+    def grid(self) -> list[dict[str, Any]]:
+        """Grid points as Optuna parameters, equivalent recipes only once.
+
+        Raises:
+            StudyFileError: A range in the space has no step.
+        """
+        return distinct_grid(self.space)
 
 
 def load(path: Path) -> StudyFile:
@@ -112,8 +137,7 @@ def load(path: Path) -> StudyFile:
         StudyFileError: Anything in it is wrong; the text names the file, the key, the value
             and what would be right.
     """
-    values = read_toml(path)
-    return parse(values, path.read_text(encoding="utf-8"), where=str(path))
+    return parse(read_toml(path), read_text(path), where=str(path))
 
 
 def parse(values: Mapping[str, Any], text: str, *, where: str) -> StudyFile:
@@ -124,7 +148,9 @@ def parse(values: Mapping[str, Any], text: str, *, where: str) -> StudyFile:
     fixed = {part: values[part] for part in PARTS if part in values}
     tables = values.get("space", {})
     if not isinstance(tables, Mapping):
-        raise StudyFileError(f"{where}: space must hold tables, not {tables!r}")
+        raise StudyFileError(
+            f"{where}: space = {shown(tables)}: must hold tables, [space.<part>.<name>]"
+        )
     space = parse_space(tables, fixed, epochs=budget.epochs, seed=search.seed, where=where)
     study = StudyFile(
         name=values["name"],
@@ -142,19 +168,29 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     for key in values:
         if key not in known:
             raise StudyFileError(f"{where}: {unknown_name('key', key, known)}")
-    name = values.get("name")
-    if not isinstance(name, str) or not name.strip() or "/" in name or len(name) > 100:
+    if "name" not in values:
+        raise StudyFileError(f'{where}: name is missing; add name = "..." as the first line')
+    _check_name(values["name"], where)
+
+
+def _check_name(name: Any, where: str) -> None:
+    """A study's name is a folder's name and an argument of commands too."""
+    fits = isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME
+    if not fits or name != name.strip() or name[0] in ".-" or set(name) & set("/\\"):
         raise StudyFileError(
-            f"{where}: name = {name!r} must be a short text without slashes, the study's name"
+            f"{where}: name = {shown(name)}: must be a text of at most {LONGEST_NAME} characters "
+            "without slashes, line breaks or spaces around it, and not begin with . or -"
+        )
+    if name.endswith(".toml"):
+        raise StudyFileError(
+            f"{where}: name = {shown(name)}: must not end in .toml, as only study files do"
         )
 
 
 def _section(name: str, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise StudyFileError(f"{where}: {name} must be a table [{name}], not {values!r}")
-    registry: Registry[Any] = Registry("section")
-    registry.register(name)(SECTIONS[name])
-    return registry.parse(name, values, where=where)
+        raise StudyFileError(f"{where}: {name} = {shown(values)}: must be a table, [{name}]")
+    return checked(SECTIONS[name], dict(values), f"{where}: {name}")
 
 
 def _check_together(study: StudyFile, where: str) -> None:
@@ -167,20 +203,32 @@ def _check_together(study: StudyFile, where: str) -> None:
         if metric not in METRICS:
             raise StudyFileError(f"{where}: {key}: {unknown_name('metric', metric, METRICS)}")
     if study.budget.trials is None and search.algorithm != "grid":
-        raise StudyFileError(f"{where}: budget.trials is missing; only a grid knows its own size")
+        raise StudyFileError(
+            f'{where}: budget.trials is missing; only a grid (search.algorithm = "grid") knows '
+            "its own size"
+        )
     if search.algorithm == "grid":
         _check_grid(study, where)
     if not space.rows() and (study.budget.trials or 2) > 2:
-        raise StudyFileError(f"{where}: [space] searches nothing; give a list or a range in it")
+        raise StudyFileError(
+            f"{where}: [space] searches nothing; give a hyperparameter in it a list of values or "
+            "a range { low = ..., high = ... }, or a part several components"
+        )
     if search.strategy == "progressive":
         _check_progressive(study, where)
 
 
 def _check_grid(study: StudyFile, where: str) -> None:
     try:
-        size = len(distinct_grid(study.space))
+        combinations = study.space.grid_size()
     except StudyFileError as error:
         raise StudyFileError(f"{where}: {error}") from None
+    if combinations > LARGEST_GRID:
+        raise StudyFileError(
+            f"{where}: the grid has {combinations} points, more than {LARGEST_GRID}; use larger "
+            "steps or fewer values, or another search.algorithm"
+        )
+    size = len(study.grid)
     if study.budget.trials is not None and study.budget.trials < size + 1:
         raise StudyFileError(
             f"{where}: budget.trials = {study.budget.trials} is too small for a grid of {size} "

@@ -16,6 +16,7 @@ from tuner.losses._base import (
     NonNegative,
 )
 from tuner.losses._cross_entropy import CrossEntropy
+from tuner.losses._weights import ClassCounts
 from tuner.registry import component
 
 
@@ -38,7 +39,7 @@ class VectorScalingLoss(Loss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         gamma: float = 0.15,
         tau: float = 1.0,
@@ -70,7 +71,7 @@ class LogitAdjustedLoss(VectorScalingLoss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         tau: float = 1.0,
         floor: float = 0.0,
@@ -82,7 +83,7 @@ class LogitAdjustedLoss(VectorScalingLoss):
 class BalancedSoftmaxLoss(LogitAdjustedLoss):
     """Cross-entropy of z + log n (Ren et al. 2020): logit adjustment with τ = 1."""
 
-    def __init__(self, class_counts: Tensor, **options: Unpack[LossOptions]) -> None:
+    def __init__(self, class_counts: ClassCounts, **options: Unpack[LossOptions]) -> None:
         super().__init__(class_counts, tau=1.0, **options)
 
 

@@ -20,7 +20,7 @@ from tuner.losses._cross_entropy import Cap, Power, WeightedCrossEntropy
 from tuner.losses._focal import Focal
 from tuner.losses._numerics import log_complement, sum_of_others
 from tuner.losses._smoothing import LabelSmoothing
-from tuner.losses._weights import fitted_exponent, frequency_weights
+from tuner.losses._weights import ClassCounts, fitted_exponent, frequency_weights
 from tuner.registry import component
 
 
@@ -35,7 +35,7 @@ class AsymmetricLoss(Loss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         gamma_pos: float = 0.0,
         gamma_neg: float = 4.0,
@@ -66,7 +66,7 @@ class WeightedAsymmetricLoss(AsymmetricLoss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         gamma_pos: float = 0.0,
         gamma_neg: float = 4.0,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tuner.errors import DataError
 from tuner.losses._numerics import at_least_float32
+from tuner.losses._weights import ClassCounts
 from tuner.registry import Registry
 
 Reduction = Literal["batch", "weighted", "sum", "none"]
@@ -57,7 +58,7 @@ class Loss(nn.Module, ABC):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         class_weights: Tensor | None = None,
         reduction: Reduction = "batch",
@@ -65,6 +66,7 @@ class Loss(nn.Module, ABC):
         start: float = 0.0,
     ) -> None:
         super().__init__()
+        class_counts = torch.as_tensor(class_counts)
         if class_counts.ndim != 1 or class_counts.numel() < 2:
             raise ValueError(
                 f"class_counts must be (C,) with C >= 2, not {tuple(class_counts.shape)}"

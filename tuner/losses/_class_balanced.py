@@ -20,7 +20,7 @@ from tuner.losses._base import (
 )
 from tuner.losses._cross_entropy import CrossEntropy
 from tuner.losses._focal import sigmoid_focal_table
-from tuner.losses._weights import class_balanced_weights, fitted_exponent
+from tuner.losses._weights import ClassCounts, class_balanced_weights, fitted_exponent
 from tuner.registry import component
 
 Base = Literal["softmax", "sigmoid", "focal"]
@@ -40,7 +40,7 @@ class ClassBalancedLoss(Loss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         beta: float = 0.999,
         base: Base = "softmax",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tuner.imbalance import WeightNormalization
 from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOptions
-from tuner.losses._weights import fitted_exponent, frequency_weights
+from tuner.losses._weights import ClassCounts, fitted_exponent, frequency_weights
 from tuner.registry import component
 
 Power = Annotated[float, Field(ge=0, le=2)]
@@ -37,7 +37,7 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         power: float = 0.5,
         normalization: WeightNormalization = "samples",

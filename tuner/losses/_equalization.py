@@ -11,6 +11,7 @@ from torch import Tensor
 from tuner.imbalance import class_priors
 from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOptions
 from tuner.losses._cross_entropy import CrossEntropy
+from tuner.losses._weights import ClassCounts
 from tuner.registry import component
 from tuner.seeding import derive_seed
 
@@ -40,7 +41,7 @@ class EqualizationLoss(Loss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         gamma: float = 0.9,
         threshold: float = 0.005,

@@ -11,6 +11,7 @@ from torch import Tensor, distributed
 
 from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOptions
 from tuner.losses._cross_entropy import CrossEntropy, CrossEntropyLoss
+from tuner.losses._weights import ClassCounts
 from tuner.registry import component
 
 Mode = Literal["repaired", "reference"]
@@ -46,7 +47,7 @@ class FnrAdaptiveLoss(CrossEntropyLoss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         half_life: float = 1.0,
         unit: Literal["epochs", "steps"] = "epochs",

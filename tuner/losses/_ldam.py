@@ -19,7 +19,7 @@ from tuner.losses._base import (
     NonNegative,
 )
 from tuner.losses._numerics import log_complement
-from tuner.losses._weights import class_balanced_weights, fitted_exponent
+from tuner.losses._weights import ClassCounts, class_balanced_weights, fitted_exponent
 from tuner.registry import component
 
 
@@ -43,7 +43,7 @@ class LdamLoss(Loss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         max_margin: float = 0.5,
         scale: float = 30.0,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOptions
 from tuner.losses._cross_entropy import CrossEntropy, CrossEntropyLoss
+from tuner.losses._weights import ClassCounts
 from tuner.registry import component
 
 Shape = Literal["concave", "linear", "convex"]
@@ -22,20 +23,24 @@ class LabelSmoothingLoss(CrossEntropyLoss):
     """
 
     def __init__(
-        self, class_counts: Tensor, *, eps: float | Tensor = 0.1, **options: Unpack[LossOptions]
+        self,
+        class_counts: ClassCounts,
+        *,
+        eps: float | Tensor = 0.1,
+        **options: Unpack[LossOptions],
     ) -> None:
         options["label_smoothing"] = eps
         super().__init__(class_counts, **options)
 
 
 def smoothing_by_count(
-    class_counts: Tensor, smooth_head: float, smooth_tail: float, shape: Shape = "concave"
+    class_counts: ClassCounts, smooth_head: float, smooth_tail: float, shape: Shape = "concave"
 ) -> Tensor:
     """Smoothing of each class, (C,) float64, from ``smooth_tail`` (rarest) to ``smooth_head``.
 
     Zhong et al. 2021 (MiSLAS), equations 7 to 9. Equal counts all get ``smooth_head``.
     """
-    counts = class_counts.to(torch.float64)
+    counts = torch.as_tensor(class_counts).to(torch.float64)
     low, high = counts[counts > 0].min(), counts.max()
     if low == high:
         return torch.full_like(counts, smooth_head)
@@ -53,7 +58,7 @@ class LabelAwareSmoothingLoss(LabelSmoothingLoss):
 
     def __init__(
         self,
-        class_counts: Tensor,
+        class_counts: ClassCounts,
         *,
         smooth_head: float = 0.4,
         smooth_tail: float = 0.1,

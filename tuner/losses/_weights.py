@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,14 +15,18 @@ from tuner.imbalance import (
     power_weights,
 )
 
+ClassCounts = Tensor | Sequence[float] | np.ndarray
+"""Training samples per class (C,), however they were counted."""
+
 
 def frequency_weights(
-    class_counts: Tensor,
+    class_counts: ClassCounts,
     power: float,
     normalization: WeightNormalization = "samples",
     max_weight: float | None = None,
 ) -> Tensor:
     """Weights n^-power, (C,) float64, none above ``max_weight`` times the median weight."""
+    class_counts = torch.as_tensor(class_counts)
     weights = power_weights(class_counts, power)
     if max_weight is not None:
         weights = weights.clamp(max=max_weight * weights[weights > 0].quantile(0.5))
@@ -27,9 +34,10 @@ def frequency_weights(
 
 
 def class_balanced_weights(
-    class_counts: Tensor, beta: float, normalization: WeightNormalization = "samples"
+    class_counts: ClassCounts, beta: float, normalization: WeightNormalization = "samples"
 ) -> Tensor:
     """Weights 1 / E_n, (C,) float64 (Cui et al. 2019, equation 4); equal for β = 0."""
+    class_counts = torch.as_tensor(class_counts)
     return normalize_weights(
         effective_number_weights(class_counts, beta), class_counts, normalization
     )

@@ -110,7 +110,7 @@ def verdict_data(session: Session) -> VerdictData | None:
 
 
 def _row(metric: str, verdict: dict[str, Any]) -> VerdictRow:
-    plain, best = (_estimate(row, metric) for row in verdict["rows"])
+    plain, best = (_estimate(row, metric) for row in verdict["rows"][:2])
     return VerdictRow(metric, plain, best, _difference(metric, verdict["differences"].get(metric)))
 
 
@@ -143,7 +143,7 @@ def recall_data(session: Session) -> RecallData | None:
         return None
     names, training = attrs["class_names"], attrs["class_counts"]
     group_of = {c: group for group, members in attrs["groups"].items() for c in members}
-    plain, best = (row["recall_per_class"] for row in verdict["rows"])
+    plain, best = (row["recall_per_class"] for row in verdict["rows"][:2])
     classes = [
         ClassRecall(
             name=str(names[c]),

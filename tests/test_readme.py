@@ -1,0 +1,51 @@
+"""The examples of the README run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeSession
+
+from tuner.datasets import Data
+from tuner.export import export
+from tuner.study import load
+from tuner.worker import work
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_three_lines_plug_a_recipe_into_a_foreign_training_loop(
+    make_session: MakeSession,
+    digits: Data,
+    sqlite: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make_session(budget={"trials": 2, "epochs": 3})
+    work(session, sqlite, digits)
+    export(session, digits, tmp_path / "runs/digits/best", number=1)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope: dict[str, object] = {}
+    exec(blocks("python")[0], scope)
+    predictions, targets = scope["predictions"], scope["targets"]
+    assert isinstance(predictions, torch.Tensor)
+    assert (predictions == targets).float().mean() > 0.85
+
+
+def test_other_python_examples_run() -> None:
+    for block in blocks("python")[1:]:
+        exec(block, {})
+
+
+def test_study_file_of_the_readme_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(blocks("toml")[0])
+    assert load(path).name == "mine"
