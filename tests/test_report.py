@@ -78,6 +78,7 @@ class TestPage:
         assert "worse by 5.0 points (2.0 to 8.0)" in text
         assert "no difference that this test part can show (1.0 points, −2.0 to 4.0)" in text
         assert "40.0 % (35.0 to 45.0)" in text
+        assert "τ = 1.20, needs no search and gives 50.0 % tail accuracy and 69.0 %" in text
         assert "66.0 % on validation; on images it never saw, the same recipe has 60.0 %" in text
 
     def test_has_all_figures_and_plotly_once(self, page: str) -> None:

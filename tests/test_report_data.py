@@ -36,9 +36,12 @@ class TestVerdict:
         assert (data.best, data.baseline, data.images, data.tau) == (3, 0, 180, 0.7)
         tail = data.rows[0]
         assert tail.metric == "tail_accuracy"
-        assert tail.baseline == numbers.Estimate(0.4, pytest.approx(0.35), pytest.approx(0.45))
+        assert tail.baseline is not None
+        assert tail.baseline == numbers.Estimate(0.4, 0.4 - 0.05, 0.4 + 0.05)
         assert tail.best is not None
         assert tail.best.value == 0.6
+        assert tail.adjusted is not None
+        assert (data.plain_tau, tail.adjusted.value) == (1.2, 0.5)
 
     def test_counts_a_difference_only_where_interval_and_test_agree(self, session: Session) -> None:
         session.study.set_user_attr("verdict", verdict(best=3))

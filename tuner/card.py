@@ -23,7 +23,7 @@ SHOWN = {
 def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
     parts = [
-        _front_matter(session),
+        _front_matter(session, trial),
         _summary(session, trial, data),
         _results(session, metrics),
         _use(data),
@@ -32,7 +32,7 @@ def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[s
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(session: Session) -> str:
+def _front_matter(session: Session, trial: FrozenTrial) -> str:
     return "\n".join(
         [
             "---",
@@ -43,23 +43,28 @@ def _front_matter(session: Session) -> str:
             "- long-tail",
             "---",
             "",
-            f"# Best recipe of study {session.file.name}",
+            f"# Trial {trial.number} of study {session.file.name}",
         ]
     )
 
 
 def _summary(session: Session, trial: FrozenTrial, data: Data) -> str:
-    counts = data.class_counts
+    counts, attrs = data.class_counts, trial.user_attrs
     ended = sum(t.state.is_finished() for t in session.trials())
     groups = ", ".join(f"{len(v)} {k}" for k, v in data.groups.named().items())
     return (
-        f"Trial {trial.number} of {ended}. Loss `{trial.user_attrs['loss']}`, sampler "
-        f"`{trial.user_attrs['sampler']}`, total correction κ = {trial.user_attrs['kappa']:.2f}, "
-        f"post-hoc adjustment τ = {trial.user_attrs['tau']:.2f}.\n\n"
+        f"{_standing(session, trial)} of {ended} trials. Loss `{attrs['loss']}`, sampler "
+        f"`{attrs['sampler']}`, total correction κ = {attrs['kappa']:.2f}, post-hoc adjustment "
+        f"τ = {attrs['tau']:.2f}. In training, {attrs['sampling']}.\n\n"
         f"Data: {data.name}, {data.num_classes} classes ({groups}), {int(counts.sum())} training "
         f"images, {int(counts.min())} to {int(counts.max())} per class, imbalance ratio "
         f"{imbalance_ratio(counts):.1f}. Fingerprint `{data.fingerprint[:16]}`."
     )
+
+
+def _standing(session: Session, trial: FrozenTrial) -> str:
+    best = session.best()
+    return "The best" if best is not None and best.number == trial.number else "One"
 
 
 def _results(session: Session, metrics: dict[str, Any]) -> str:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from tuner.datasets import PROFILES
+from tuner.errors import shown
 from tuner.recipe import PARTS
+
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+KINDS = {
+    "array": "list",
+    "boolean": "true or false",
+    "integer": "whole number",
+    "number": "number",
+    "null": "null",
+    "string": "text",
+}
 
 
 def components(part: str) -> list[dict[str, Any]]:
@@ -30,8 +41,15 @@ def _parameter(entry: dict[str, Any], schema: dict[str, Any], required: bool) ->
     kind = _kind(entry, schema)
     if required:
         return f"({kind}, required)"
-    default = entry.get("default")
-    return f"({kind})" if default is None else f"= {default!r} ({kind})"
+    default = _given(entry.get("default"))
+    return f"({kind})" if default is None else f"= {shown(default)} ({kind})"
+
+
+def _given(default: Any) -> Any:
+    """A default without the keys that are not set; TOML has no null."""
+    if isinstance(default, dict):
+        return {key: value for key, value in default.items() if value is not None}
+    return default
 
 
 def _kind(entry: dict[str, Any], schema: dict[str, Any]) -> str:
@@ -39,11 +57,16 @@ def _kind(entry: dict[str, Any], schema: dict[str, Any]) -> str:
         kinds = [_kind(option, schema) for option in entry["anyOf"]]
         return " or ".join(kind for kind in kinds if kind != "null")
     if "enum" in entry:
-        return "one of " + ", ".join(map(repr, entry["enum"]))
+        return "one of " + ", ".join(map(shown, entry["enum"]))
     if "const" in entry:
-        return repr(entry["const"])
+        return shown(entry["const"])
     if "$ref" in entry:
-        return re.sub(r".*/", "", entry["$ref"])
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {entry[key]:g}" for key, sign in bounds.items() if key in entry]
-    return " ".join([str(entry.get("type", "table")), *limits])
+        return _table(entry["$ref"].rpartition("/")[2], schema)
+    limits = [f"{sign} {entry[key]:g}" for key, sign in BOUNDS.items() if key in entry]
+    return " ".join([KINDS[entry["type"]], *limits])
+
+
+def _table(name: str, schema: dict[str, Any]) -> str:
+    if name == "Profile":
+        return "table with a name, one of " + ", ".join(PROFILES)
+    return "table of " + ", ".join(schema["$defs"][name]["properties"])

@@ -18,8 +18,10 @@ from tuner.card import model_card
 from tuner.datasets import Data
 from tuner.errors import DataError, StorageError
 from tuner.evaluation import Assessment, assess_validation
+from tuner.imbalance import log_priors
 from tuner.lane import Lane
 from tuner.loaded import LoadedRecipe
+from tuner.posthoc import class_thresholds
 from tuner.session import Session
 from tuner.trainer import epochs
 from tuner.verdict import decide, stored_recipe, trained_lane
@@ -42,7 +44,7 @@ def export(
     lane = trained_lane(session, trial, data, device)
     best = session.best()
     verdict = decide(session, data, device=device) if best and best.number == trial.number else None
-    metrics = collect_metrics(session, trial, verdict)
+    metrics = collect_metrics(session, trial, data, verdict)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(recipe_text(session, trial, data), encoding="utf-8")
     save_weights(folder / WEIGHTS, lane, data)
@@ -79,6 +81,8 @@ def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
             "tau": tau,
             "class_counts": data.class_counts.tolist(),
             "class_names": list(data.class_names),
+            "mean": list(data.mean),
+            "std": list(data.std),
         },
         "provenance": {
             "study": session.file.name,
@@ -93,7 +97,7 @@ def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
 
 
 def collect_metrics(
-    session: Session, trial: FrozenTrial, verdict: dict[str, Any] | None
+    session: Session, trial: FrozenTrial, data: Data, verdict: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Everything measured of a trial: validation raw and adjusted, and the test part if judged."""
     attrs = trial.user_attrs
@@ -103,6 +107,7 @@ def collect_metrics(
         "objective": {"metric": session.file.objective.metric, "value": trial.value},
         "validation": attrs["metrics"],
         "tau": attrs["tau"],
+        "class_thresholds": class_thresholds(log_priors(data.class_counts), attrs["tau"]).tolist(),
         "posthoc": attrs["extras"],
         "verdict": verdict,
     }

@@ -14,6 +14,9 @@ from torch import Tensor
 from tuner.errors import DataError
 from tuner.registry import component
 
+MAX_CORRECTION = 1.2
+"""Total correction from which on a recipe is said to over-correct."""
+
 WeightNormalization = Literal["samples", "classes", "none"]
 
 
@@ -201,3 +204,13 @@ def total_correction(sampler: float, weight: float, adjustment: float) -> float:
     κ = 1 makes the population optimum balanced; above 1 it favours the tail beyond balance.
     """
     return sampler + weight + adjustment
+
+
+def correction_warning(kappa: float) -> str | None:
+    """What to tell the user of a recipe that corrects well beyond balance; None if it does not."""
+    if kappa <= MAX_CORRECTION:
+        return None
+    return (
+        f"sampler and loss together correct by kappa = {kappa:.2f}; above 1 the tail is favoured "
+        "beyond balance (oversampling and re-weighting add up)"
+    )

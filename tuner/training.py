@@ -51,8 +51,8 @@ class SingleStage(TrainingBase):
 class TwoStage(TrainingBase):
     """Two stages: natural sampling, then balanced (Kang et al. 2020); or the reverse.
 
-    The balanced stage uses the recipe's sampler, or class-balanced sampling when that is
-    ``natural``. ``classifier_only`` freezes the backbone in the second stage (cRT);
+    The balanced stage uses the recipe's sampler, or class-balanced sampling when that samples
+    naturally. ``classifier_only`` freezes the backbone in the second stage (cRT);
     ``reset_head`` starts it from a fresh classifier; ``restart_schedule`` runs the
     learning-rate schedule once more over the second stage.
     """
@@ -68,7 +68,7 @@ class TwoStage(TrainingBase):
     def samplers(self, sampler: Any) -> tuple[Any, ...]:
         """Natural and balanced sampler components, in the order of the stages."""
         natural = Natural()
-        balanced = ClassAware(exponent=1.0) if sampler == natural else sampler
+        balanced = ClassAware(exponent=1.0) if sampler.canonical() == natural else sampler
         stages = (natural, balanced)
         return stages if self.order == "natural_first" else stages[::-1]
 

@@ -12,7 +12,7 @@ from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOption
 from tuner.losses._weights import ClassCounts, fitted_exponent, frequency_weights
 from tuner.registry import component
 
-Power = Annotated[float, Field(ge=0, le=2)]
+Power = Annotated[float, Field(ge=0, le=1)]
 Cap = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 

@@ -84,9 +84,7 @@ def new_figure(title: str, x: str, y: str) -> go.Figure:
 
 def axis_title(metric: str) -> str:
     """Name of an axis that shows a metric."""
-    return (
-        f"{label(metric)}, validation (%)" if is_share(metric) else f"{label(metric)}, validation"
-    )
+    return f"{label(metric)} (%)" if is_share(metric) else label(metric)
 
 
 def scaled(metric: str, value: float | None) -> float | None:

@@ -210,6 +210,8 @@ def pruning_figure(data: PruningData) -> go.Figure:
     epochs = [row.planned - row.trained for row in rest]
     _add_bars(figure, "not trained", rest, epochs, texts, PALE)
     figure.update_layout(barmode="stack", bargap=0.15)
+    if max((row.planned for row in data.trials), default=0) <= 10:
+        figure.update_yaxes(dtick=1)
     return figure
 
 

@@ -25,6 +25,7 @@ def lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
         ["", "plain cross-entropy", "best recipe", "difference", "p-value"],
         [_verdict_row(row, verdict.part) for row in verdict.rows],
     )
+    yield from _free_gain(verdict)
     yield from _optimism(verdict)
 
 
@@ -53,12 +54,13 @@ def _why_no_verdict(overview: OverviewData) -> str:
 
 
 def _headline(verdict: VerdictData) -> Iterator[object]:
+    """The objective and the overall accuracy first, then whatever became worse."""
     if verdict.best == verdict.baseline:
         but = " What differs is the logit adjustment alone." if verdict.tau else ""
         yield f"The search found no training better than plain cross-entropy.{but} "
-    objective = next((r for r in verdict.rows if r.metric == verdict.metric), verdict.rows[0])
-    rows = dict.fromkeys([objective, *(r for r in verdict.rows if r.metric == "accuracy")])
-    for row in rows:
+    first = [r for name in (verdict.metric, "accuracy") for r in verdict.rows if r.metric == name]
+    worse = [r for r in verdict.rows if r.difference and r.difference.outcome == "worse"]
+    for row in dict.fromkeys(first + worse):
         yield f"{capital(label(row.metric))}: "
         yield _difference(row, verdict.part)
         yield ". "
@@ -90,6 +92,22 @@ def _cautions(verdict: VerdictData) -> Iterator[str]:
         yield (
             f"Trial {verdict.newer_best} is better on validation than trial {verdict.best}, "
             "which is compared here; the comparison with it is still to come."
+        )
+
+
+def _free_gain(verdict: VerdictData) -> Iterator[Html]:
+    """What logit adjustment alone gives, so that the search is not praised for it."""
+    gains = [
+        f"{amount(row.metric, row.adjusted.value)} {label(row.metric)}"
+        for row in verdict.rows
+        if row.adjusted and row.metric in (verdict.metric, "accuracy")
+    ]
+    if gains and verdict.plain_tau is not None:
+        yield element(
+            "p",
+            "Adjusting the logits of plain cross-entropy after training, "
+            f"τ = {verdict.plain_tau:.2f}, needs no search and gives {' and '.join(gains)}.",
+            class_="soft",
         )
 
 

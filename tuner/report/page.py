@@ -150,7 +150,7 @@ def _figures(session: Session) -> Iterator[Html]:
         return
     hint = "Points that break the floor do not count, however high they are."
     yield _plot("history", figures.history_figure(history), hint)
-    hint = "One point per trial; the bar is the median of the complete ones."
+    hint = "Each trial's value on validation; the bar is the median of the complete ones."
     yield _plot("losses", figures.loss_figure(losses), hint)
     if tradeoff.points:
         hint = "Towards the upper right is better; open marks break the floor."

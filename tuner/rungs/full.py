@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tuner import artifacts
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.evaluation import Assessment, assess_validation, extras
+from tuner.imbalance import correction_warning
 from tuner.losses import LOSSES
 from tuner.pruning import Curve, is_at_chance, is_behind
 from tuner.recipe import PARTS, Recipe
@@ -26,6 +28,8 @@ from tuner.trainer import EpochResult, epochs
 from tuner.training import TRAININGS
 
 CHECKPOINT_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 State = Literal["complete", "duplicate", "pruned", "failed", "interrupted"]
 
@@ -83,7 +87,7 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
     if trial.user_attrs.get("baseline"):
         recipe = plain(recipe)
     if data is not None:
-        facts = {
+        facts: dict[str, Any] = {
             "recipe": recipe.to_dict(),
             "digest": recipe.digest(),
             "loss": LOSSES.name_of(recipe.loss),
@@ -92,6 +96,10 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
             "epochs": recipe.epochs,
             "settled": recipe.settled(),
         }
+        warning = correction_warning(facts["kappa"])
+        if warning:
+            log.info("trial %d: %s", trial.number, warning)
+            facts["warning"] = warning
         for key, value in facts.items():
             trial.set_user_attr(key, value)
     return recipe
@@ -116,7 +124,7 @@ def _equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | 
 
 
 def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
-    for key in ("metrics", "tau", "extras"):
+    for key in ("metrics", "tau", "extras", "sampling"):
         trial.set_user_attr(key, known.user_attrs[key])
     trial.set_user_attr("duplicate_of", known.number)
     _constrain(session, trial, known.user_attrs["metrics"])
@@ -269,6 +277,7 @@ class _Training:
             "metrics": _metrics(assessment),
             "tau": assessment.tau,
             "extras": extras(result.logits, norms, bias, targets, self.data.groups),
+            "sampling": result.lane.samplers[-1].describe(),
             "train_loss": result.train_loss,
             "seconds": self.seconds,
             "samples_per_second": result.samples / result.seconds,
@@ -276,7 +285,7 @@ class _Training:
         for key, fact in facts.items():
             self.trial.set_user_attr(key, fact)
         artifacts.save_validation(self.folder, result.logits, targets, norms, bias)
-        _constrain(self.session, self.trial, facts["metrics"])  # type: ignore[arg-type]
+        _constrain(self.session, self.trial, facts["metrics"])
         self.session.study.tell(self.trial, value)
         self._keep_weights(result)
         artifacts.drop_checkpoint(self.folder)

@@ -39,18 +39,23 @@ class Difference:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """One metric of both models; None where the images cannot tell."""
+    """One metric of both models; None where the images cannot tell.
+
+    ``adjusted`` is plain cross-entropy with logit adjustment, which needs no search.
+    """
 
     metric: str
     baseline: Estimate | None
     best: Estimate | None
     difference: Difference | None
+    adjusted: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class VerdictData:
     """The comparison on images that the search did not choose by (or, without such, did).
 
+    ``tau`` belongs to the best recipe, ``plain_tau`` to adjusted plain cross-entropy.
     ``newer_best`` is the study's best trial now, when it is another than the compared one.
     """
 
@@ -59,6 +64,7 @@ class VerdictData:
     best: int
     baseline: int
     tau: float
+    plain_tau: float | None
     rows: tuple[VerdictRow, ...]
     metric: str
     validation_value: float | None
@@ -101,6 +107,7 @@ def verdict_data(session: Session) -> VerdictData | None:
         best=verdict["best"],
         baseline=verdict["baseline"],
         tau=verdict["rows"][1]["tau"],
+        plain_tau=verdict["rows"][2]["tau"] if verdict["rows"][2:] else None,
         rows=tuple(_row(metric, verdict) for metric in shown),
         metric=objective,
         validation_value=number(verdict.get("validation_value")),
@@ -110,8 +117,9 @@ def verdict_data(session: Session) -> VerdictData | None:
 
 
 def _row(metric: str, verdict: dict[str, Any]) -> VerdictRow:
-    plain, best = (_estimate(row, metric) for row in verdict["rows"][:2])
-    return VerdictRow(metric, plain, best, _difference(metric, verdict["differences"].get(metric)))
+    plain, best, *adjusted = (_estimate(row, metric) for row in verdict["rows"])
+    difference = _difference(metric, verdict["differences"].get(metric))
+    return VerdictRow(metric, plain, best, difference, *adjusted)
 
 
 def _estimate(row: dict[str, Any], metric: str) -> Estimate | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.metrics import METRICS
+from tuner.session import Session
 
 if TYPE_CHECKING:
     from optuna.study import Study
-
-    from tuner.session import Session
 
 State = Literal["complete", "duplicate", "pruned", "failed", "running", "waiting"]
 
@@ -39,12 +38,30 @@ class _StillStudy:
         return [t for t in self.trials if states is None or t.state in states]
 
 
+class _StillSession(Session):
+    """A session in which nothing changes, so that what is asked of it often is found once."""
+
+    @cached_property
+    def _best(self) -> FrozenTrial | None:
+        return super().best()
+
+    @cached_property
+    def _baseline(self) -> FrozenTrial | None:
+        return super().baseline()
+
+    def best(self) -> FrozenTrial | None:
+        return self._best
+
+    def baseline(self) -> FrozenTrial | None:
+        return self._baseline
+
+
 def still(session: Session) -> Session:
     """The session with its study read once, so that everything taken from it fits together."""
-    if isinstance(session.study, _StillStudy):
+    if isinstance(session, _StillSession):
         return session
     study = _StillStudy(session.trials(), dict(session.study.user_attrs))
-    return replace(session, study=cast("Study", study))
+    return _StillSession(session.file, cast("Study", study), session.folder)
 
 
 def started(session: Session) -> list[FrozenTrial]:
