@@ -85,6 +85,12 @@ def test_every_metric_can_be_the_objective(tmp_path: Path, metric: str) -> None:
     assert read(tmp_path, objective=f'[objective]\nmetric = "{metric}"').objective.metric == metric
 
 
+def test_a_part_may_be_fixed_to_any_component(tmp_path: Path) -> None:
+    study = read(tmp_path, loss='[loss]\nname = "focal"\ngamma = 1')
+    assert list(study.space.parts["loss"]) == ["focal"]
+    assert dict(study.space.rows()) == {"optimizer.sgd.lr": "0.01 to 0.1, log"}
+
+
 def test_floor_can_be_switched_off(tmp_path: Path) -> None:
     assert read(tmp_path, objective="[objective]\nfloor = false").objective.floor is None
 
@@ -148,7 +154,6 @@ def test_files_that_are_no_study_file_say_so(tmp_path: Path) -> None:
         ({"data": "[data]\nseed = 3"}, "[data] has no name; give one name in quotes, of: cifar10"),
         ({"space": ""}, "[space] searches nothing"),
         ({"space": "[space.optimizer.sgd]\nlr = 0.1"}, "[space] searches nothing"),
-        ({"loss": '[loss]\nname = "focal"'}, "add [space.loss.cross_entropy]"),
     ],
 )
 def test_study_file_without_a_needed_part_says_what_to_add(
@@ -256,7 +261,6 @@ def test_study_file_with_a_wrong_name_says_which_was_meant(
             {"data": '[data]\nname = "digits"\nprofile = {name = "exponential", ratio = "10"}'},
             'data.profile.ratio = "10": must be a number, without quotes',
         ),
-        ({"parts": '[loss]\nname = "focal"', "loss": ""}, "add [space.loss.cross_entropy]"),
         ({"parts": "[loss]\ngamma = 2.0", "loss": ""}, "has no name, so it is cross_entropy"),
         ({"model": '[model]\nname = "mlp"\nwidth = [8, 9]'}, "write [space.model.<name>] instead"),
         ({"space": '[space]\noptimizer = "sgd"'}, 'space.optimizer = "sgd": must hold a table'),

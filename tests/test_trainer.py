@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.datasets import Data
+from tuner.datasets import DATASETS, Data, ResidentImages, StreamedImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -191,6 +191,26 @@ def test_broken_checkpoint_starts_the_trial_again(tmp_path: Path, digits: Data) 
     path = tmp_path / artifacts.CHECKPOINT
     path.write_bytes(path.read_bytes()[:100])
     assert artifacts.load_checkpoint(tmp_path) is None
+
+
+def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Path) -> None:
+    from image_folders import photos
+
+    photos(tmp_path / "photos", {"common": 24, "some": 12, "rare": 8})
+    source = DATASETS["image_folder"](root="photos", image_size=32)
+    resident, streamed = source.build(tmp_path), source.build(tmp_path, resident_limit=0)
+    assert isinstance(resident.train.images, ResidentImages)
+    assert isinstance(streamed.train.images, StreamedImages)
+    which = recipe(
+        length=2,
+        data={"name": "image_folder", "root": "photos", "image_size": 32},
+        model={"name": "torchvision", "architecture": "resnet18"},
+        training={"batch_size": 16},
+        augment={"name": "standard"},
+    )
+    ours, _ = trained(which, resident)
+    theirs, _ = trained(which, replace(streamed, mean=resident.mean, std=resident.std))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.gpu

@@ -108,13 +108,13 @@ def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
     return session
 
 
-def join(name: str, url: str, folder: Path) -> Session:
-    """Find a study by name in the storage.
+def join(name: str, url: str, folder: Path, *, writes: bool = True) -> Session:
+    """Find a study by name in the storage, to work on it or (``writes=False``) to read it.
 
     Raises:
         StorageError: There is no such storage or study, or Tuner did not make it.
     """
-    storage = open_storage(url, create=False)
+    storage = open_storage(url, create=False, writes=writes)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise StorageError(f"no study {name!r} in {masked(url)}{close_match(name, names)}")

@@ -39,11 +39,12 @@ def masked(url: str) -> str:
         return "(a storage URL that cannot be parsed)"
 
 
-def open_storage(url: str, *, create: bool = True) -> BaseStorage:
+def open_storage(url: str, *, create: bool = True, writes: bool = True) -> BaseStorage:
     """Open the storage at ``url``, with Optuna's cache in front.
 
     SQLite gets a write-ahead log and takes its write lock at the start of every transaction:
-    with Optuna's defaults, two processes can claim the same waiting trial. Other databases get
+    with Optuna's defaults, two processes can claim the same waiting trial. Who only reads says
+    ``writes=False`` and does not get in the way of those who write. Other databases get
     a connection per transaction that is checked before use, so that idle workers hold none.
 
     Raises:
@@ -56,7 +57,7 @@ def open_storage(url: str, *, create: bool = True) -> BaseStorage:
         _prepare_file(parsed, create)
     try:
         with exclusive(url):
-            storage = _rdb_storage(parsed)
+            storage = _rdb_storage(parsed, writes)
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError, RuntimeError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise StorageError(
@@ -86,20 +87,20 @@ def _prepare_file(url: URL, create: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _rdb_storage(url: URL) -> RDBStorage:
+def _rdb_storage(url: URL, writes: bool) -> RDBStorage:
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if url.get_backend_name() == "sqlite":
             arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
             storage = RDBStorage(text, engine_kwargs=arguments)
-            _harden_sqlite(storage.engine)
+            _harden_sqlite(storage.engine, "IMMEDIATE" if writes else "DEFERRED")
             return storage
         arguments = {"poolclass": NullPool, "pool_pre_ping": True}
         return RDBStorage(text, engine_kwargs=arguments)
 
 
-def _harden_sqlite(engine: sqlalchemy.Engine) -> None:
+def _harden_sqlite(engine: sqlalchemy.Engine, mode: str) -> None:
     @sqlalchemy.event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -109,7 +110,7 @@ def _harden_sqlite(engine: sqlalchemy.Engine) -> None:
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def _begin(connection: sqlalchemy.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(f"BEGIN {mode}")
 
     engine.dispose()
 

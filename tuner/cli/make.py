@@ -36,7 +36,7 @@ def export(
     from tuner import export as exports
     from tuner.session import check_data
 
-    session = joined(study, storage, artifacts)
+    session = joined(study, storage, artifacts, writes=True)
     exports.find_trial(session, trial)
     loaded = session.file.data.build(data)
     check_data(session, loaded)
@@ -74,6 +74,6 @@ def dashboard(
     from tuner.storage import open_storage, storage_url
     from tuner.web import dashboard_app, serve
 
-    opened = open_storage(storage_url(storage), create=False)
+    opened = open_storage(storage_url(storage), create=False, writes=False)
     application = dashboard_app(opened, load_session=lambda name: joined(name, storage, artifacts))
     serve(application, host, port, allow_remote=allow_remote)

@@ -39,7 +39,9 @@ Device = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
-def joined(study: str, storage: str | None, artifacts: Path | None) -> Session:
+def joined(
+    study: str, storage: str | None, artifacts: Path | None, *, writes: bool = False
+) -> Session:
     """The session of a study that is given by its name or by its study file."""
     from tuner.artifacts import artifacts_root
     from tuner.recipe import read_toml
@@ -47,7 +49,7 @@ def joined(study: str, storage: str | None, artifacts: Path | None) -> Session:
     from tuner.storage import storage_url
 
     name = str(read_toml(Path(study)).get("name")) if study.endswith(".toml") else study
-    return join(name, storage_url(storage), artifacts_root(artifacts))
+    return join(name, storage_url(storage), artifacts_root(artifacts), writes=writes)
 
 
 def chosen_device(device: str | None) -> str:

@@ -72,7 +72,9 @@ def status(
     from tuner.storage import open_storage, storage_url
 
     if study is None:
-        names = optuna.get_all_study_names(open_storage(storage_url(storage), create=False))
+        names = optuna.get_all_study_names(
+            open_storage(storage_url(storage), create=False, writes=False)
+        )
     else:
         names = [study]
     rows = [_status(joined(name, storage, artifacts)) for name in names]

@@ -72,7 +72,7 @@ def worker(
     device: Device = None,
 ) -> None:
     """Work on a study that was created before, until its budget is spent."""
-    session = joined(study, storage, artifacts)
+    session = joined(study, storage, artifacts, writes=True)
     loaded = session.file.data.build(data)
     _work(session, storage, loaded, chosen_device(device))
 

@@ -26,8 +26,8 @@ def fetch(
     except (RuntimeError, OSError) as error:  # how torchvision says that files are missing
         missing = error
     way_out = (
-        f"download {url} on another machine and unpack it to {folder}, or say with --data or "
-        "TUNER_DATA where it is"
+        f"download {url} on another machine and unpack it so that {folder} is there, or say with "
+        "--data or TUNER_DATA where it is"
     )
     if not allowed:
         raise DataError(
