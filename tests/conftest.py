@@ -63,6 +63,7 @@ def make_file() -> MakeFile:
             },
         }
         values |= sections
+        values = {key: value for key, value in values.items() if value is not None}
         return parse(values, tomli_w.dumps(values), where="tiny.toml")
 
     return make

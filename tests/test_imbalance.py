@@ -190,8 +190,8 @@ def test_counts_of_exactly_100_and_20_are_medium() -> None:
 
 
 def test_thresholds_that_overlap_are_refused() -> None:
-    with pytest.raises(DataError, match="both head and tail"):
-        TailRule(many=10).groups(torch.tensor([5, 15, 30]), NAMES)
+    with pytest.raises(ValidationError, match="both head and tail"):
+        TailRule(many=10)
     assert TailRule(many=19).groups(torch.tensor([5, 19, 20]), NAMES) == Groups((2,), (), (0, 1))
 
 
@@ -234,7 +234,7 @@ def test_tail_may_be_listed_by_name_or_index() -> None:
 
 
 def test_two_ways_to_name_the_tail_are_refused() -> None:
-    with pytest.raises(DataError, match="not several"):
-        TailRule(max_count=5, bottom=0.3).groups(torch.tensor([1, 9]), NAMES)
+    with pytest.raises(ValidationError, match="not several"):
+        TailRule(max_count=5, bottom=0.3)
     with pytest.raises(ValidationError):
         TailRule(bottom=0.6)

@@ -143,7 +143,9 @@ class Payload:
 
 
 @pytest.mark.parametrize(
-    "content", [{"model": Payload()}, {}, {"epoch": 1}, [torch.zeros(2)]], ids=str
+    "content",
+    [{"model": Payload()}, {}, {"epoch": 1}, [torch.zeros(2)]],
+    ids=["pickle", "empty", "no tensors", "list"],
 )
 def test_files_that_hold_no_plain_weights_are_refused(tmp_path: Path, content: Any) -> None:
     file = tmp_path / "odd.pth"

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from tuner import session as sessions
 from tuner.datasets import Data
-from tuner.errors import DataError, StorageError
+from tuner.errors import DataError, StorageError, TunerError
 from tuner.session import Session
 from tuner.storage import open_storage
 from tuner.tickets import claim, fill_queue, requeue, requeue_orphans, worker_name
@@ -70,6 +70,14 @@ def test_tail_without_validation_images_is_refused(
     )
     with pytest.raises(DataError, match="tail_accuracy"):
         sessions.create(make_file(), sqlite, tmp_path, replace(digits, validation=part))
+
+
+def test_model_that_cannot_be_built_is_refused_before_any_training(
+    make_session: MakeSession,
+) -> None:
+    space = {"model": {"torchvision": {"architecture": ["resnet18", "resnet81"]}}}
+    with pytest.raises(TunerError, match="resnet81.*did you mean"):
+        make_session(space=space, model=None)
 
 
 def test_unknown_study_names_the_ones_there_are(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tuner.errors import DataError
@@ -139,8 +139,7 @@ class TailRule:
         """Sort the classes into groups by their counts (C,).
 
         Raises:
-            DataError: More than one way is given, few and many overlap, a class is unknown,
-                or the tail is empty.
+            DataError: A class is unknown, or the tail is empty.
         """
         counts = class_counts.tolist()
         head, tail = self._head_and_tail(counts, list(class_names))
@@ -154,10 +153,6 @@ class TailRule:
 
     def _head_and_tail(self, counts: list[int], names: list[str]) -> tuple[set[int], set[int]]:
         everything = set(range(len(counts)))
-        if self._ways() > 1:
-            raise DataError(
-                "data.tail: give one of many/few, max_count, bottom, classes, not several"
-            )
         if self.max_count is not None:
             tail = {c for c in everything if counts[c] <= self.max_count}
             return everything - tail, tail
@@ -168,26 +163,29 @@ class TailRule:
         if self.classes is not None:
             tail = {_class_index(c, names) for c in self.classes}
             return everything - tail, tail
-        many, few = self.many or 100, self.few or 20
-        if few > many + 1:
-            raise DataError(
-                f"data.tail: few = {few} and many = {many} put a class of {many + 1} images in "
-                "both head and tail; give both, with few not above many"
-            )
+        many, few = self._thresholds()
         return {c for c in everything if counts[c] > many}, {
             c for c in everything if counts[c] < few
         }
 
-    def _ways(self) -> int:
-        thresholds = self.many is not None or self.few is not None
-        return sum(
-            [
-                thresholds,
-                self.max_count is not None,
-                self.bottom is not None,
-                self.classes is not None,
-            ]
-        )
+    @model_validator(mode="after")
+    def _is_one_way(self) -> Self:
+        thresholds = True if self.many is not None or self.few is not None else None
+        ways = (thresholds, self.max_count, self.bottom, self.classes)
+        if sum(way is not None for way in ways) > 1:
+            raise ValueError("give one of many/few, max_count, bottom, classes, not several")
+        if self.classes == ():
+            raise ValueError("classes must name at least one class")
+        many, few = self._thresholds()
+        if few > many + 1:
+            raise ValueError(
+                f"few = {few} and many = {many} put a class of {many + 1} images in both head and "
+                "tail; give both, with few not above many"
+            )
+        return self
+
+    def _thresholds(self) -> tuple[int, int]:
+        return self.many or 100, self.few or 20
 
 
 def _class_index(name: int | str, names: list[str]) -> int:

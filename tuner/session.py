@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tuner import __version__
 from tuner.datasets import Data
 from tuner.errors import DataError, StorageError, close_match
 from tuner.metrics import METRICS
+from tuner.seeding import seeded
 from tuner.storage import exclusive, masked, open_storage
 from tuner.study import StudyFile, parse
 from tuner.tickets import fill_queue
@@ -26,6 +27,7 @@ class Session:
     file: StudyFile
     study: Study
     folder: Path
+    _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
 
     def trial_folder(self, number: int) -> Path:
         """Where the artifacts of a trial are kept."""
@@ -52,9 +54,11 @@ class Session:
         return sign * trial.values[0], metrics["balanced_accuracy"] or 0.0, -trial.number
 
     def baseline(self) -> FrozenTrial | None:
-        """The plain cross-entropy trial, once it is complete."""
-        marked = [t for t in self.trials(TrialState.COMPLETE) if t.user_attrs.get("baseline")]
-        return marked[0] if marked else None
+        """The plain cross-entropy trial, once it is complete; it never changes after."""
+        if not self._found:
+            complete = self.trials(TrialState.COMPLETE)
+            self._found.extend(t for t in complete if t.user_attrs.get("baseline"))
+        return self._found[0] if self._found else None
 
     def floor_violation(self, metrics: dict[str, Any]) -> float | None:
         """How far below the floor a trial's metrics are (<= 0: kept); None without a floor.
@@ -87,6 +91,7 @@ def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
         DataError: The data are not those the study was created with.
     """
     _check_estimable(file, data)
+    _check_models(file, data)
     storage = open_storage(url)
     with exclusive(url):
         study = optuna.create_study(
@@ -158,6 +163,20 @@ def _check_estimable(file: StudyFile, data: Data) -> None:
                 f"objective {metric} cannot be estimated: no validation image is in its "
                 f"{len(classes)} classes; widen data.tail, or raise data.validation_fraction"
             )
+
+
+def _check_models(file: StudyFile, data: Data) -> None:
+    """Build every model of the space once: a wrong name or file is found before any training.
+
+    Raises:
+        TunerError: A model cannot be built for these images; it says why.
+    """
+    from optuna.trial import FixedTrial
+
+    for params in file.space.variants("model"):
+        recipe = file.space.suggest(FixedTrial(params))
+        with seeded("check"):
+            recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
 
 
 def _describe(study: Study, file: StudyFile, data: Data) -> None:

@@ -56,6 +56,19 @@ class Space:
                     params[f"{part}.{name}.{key}"] = value
         return params
 
+    def variants(self, part: str) -> Iterator[dict[str, Any]]:
+        """The defaults with every component of a part, and with every choice inside it.
+
+        One choice is changed at a time: enough to try each named thing once.
+        """
+        for name, entries in self.parts[part].items():
+            params = self.defaults(**{part: name})
+            yield params
+            for key, entry in entries.items():
+                if isinstance(entry, Choice):
+                    path = f"{part}.{name}.{key}"
+                    yield from ({**params, path: v} for v in entry.grid() if v != params[path])
+
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of the open choices, branch by branch, as Optuna parameters.
 

@@ -13,6 +13,7 @@ import math
 import random
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -123,36 +124,47 @@ def _loss_terms(loss: Any) -> tuple[float, float, float]:
             return 0.0, 0.0, -1.0
 
 
-def best_so_far(make: Make, seed: int, trials: int) -> list[float]:
-    """Best true value among the trials up to each one; the algorithm sees noisy values."""
+def search(make: Make, seed: int, trials: int) -> list[tuple[str, float]]:
+    """Loss and true value of each trial; the algorithm is told noisy values."""
     searched, noise = space(), random.Random(seed)
     study = optuna.create_study(direction="maximize", sampler=make(seed))
-    best = [-math.inf]
+    seen = []
     for _ in range(trials):
         trial = study.ask()
-        value = true_value(searched.suggest(trial))
+        recipe = searched.suggest(trial)
+        value = true_value(recipe)
         study.tell(trial, value + noise.gauss(0, NOISE))
-        best.append(max(best[-1], value))
-    return best[1:]
+        seen.append((type(recipe.loss).__name__, value))
+    return seen
+
+
+def is_stuck(losses: Sequence[str]) -> bool:
+    """Whether nine tenths of the later half of the trials have one loss that is not the best."""
+    later = losses[len(losses) // 2 :]
+    loss, times = Counter(later).most_common(1)[0]
+    return CEILINGS[loss] < OPTIMUM and times >= 0.9 * len(later)
 
 
 def table(seeds: int, after: Sequence[int]) -> str:
     """A Markdown table: mean ± standard error of the best true value after so many trials.
 
-    ``regret`` is what is missing to the optimum at the end, as a share of random search's.
+    ``regret`` is what is missing to the optimum at the end, as a share of random search's;
+    ``stuck`` the share of searches that end with a loss that is not the best.
     """
     lines = [
-        "| algorithm | " + " | ".join(f"after {n}" for n in after) + " | regret |",
-        "|---" * (len(after) + 2) + "|",
+        "| algorithm | " + " | ".join(f"after {n}" for n in after) + " | regret | stuck |",
+        "|---" * (len(after) + 3) + "|",
     ]
     at_random = math.nan
     for name, make in ALGORITHMS.items():
-        runs = [best_so_far(make, seed, max(after)) for seed in range(seeds)]
-        columns = [[run[n - 1] for run in runs] for n in after]
+        runs = [search(make, seed, max(after)) for seed in range(seeds)]
+        columns = [[max(value for _, value in run[:n]) for run in runs] for n in after]
         missing = OPTIMUM - fmean(columns[-1])
         at_random = missing if name == "random" else at_random
         cells = [f"{fmean(c):.4f} ± {stdev(c) / math.sqrt(seeds):.4f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {missing / at_random:.2f} |")
+        stuck = fmean(is_stuck([loss for loss, _ in run]) for run in runs)
+        cells += [f"{missing / at_random:.2f}", f"{stuck:.0%}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

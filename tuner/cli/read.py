@@ -37,6 +37,7 @@ def check(
 ) -> None:
     """Say what is wrong with a study file and where; print its space when nothing is."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tuner import study as files
@@ -49,11 +50,12 @@ def check(
         space = dict(rows)
         _print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
         return
-    table = Table(title=f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs")
+    title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
+    table = Table(title=escape(title))
     table.add_column("hyperparameter")
     table.add_column("searched over", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
     for line in lines:
         print(line)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,20 +15,16 @@ from tuner import artifacts
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.evaluation import Assessment, assess_validation, extras
-from tuner.imbalance import correction_warning
 from tuner.losses import LOSSES
 from tuner.pruning import Curve, is_at_chance, is_behind
-from tuner.recipe import PARTS, Recipe
-from tuner.samplers import SAMPLERS
+from tuner.recipe import Recipe
+from tuner.rungs.recipes import equivalent, resolve
 from tuner.seeding import derive_seed
 from tuner.session import Session
 from tuner.tickets import requeue
 from tuner.trainer import EpochResult, epochs
-from tuner.training import TRAININGS
 
 CHECKPOINT_SECONDS = 10.0
-
-log = logging.getLogger(__name__)
 
 State = Literal["complete", "duplicate", "pruned", "failed", "interrupted"]
 
@@ -61,7 +56,7 @@ def run(
     epoch is finished, the state is kept, and the trial goes back into the queue.
     """
     recipe = resolve(session, trial, data)
-    known = _equivalent(session, recipe, trial.number)
+    known = equivalent(session, recipe, trial.number)
     if known is not None:
         return _copy(session, trial, known)
     training = _Training(session, trial, data, recipe, device)
@@ -76,51 +71,6 @@ def run(
     except BaseException:
         requeue(session, trial._trial_id)
         raise
-
-
-def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
-    """Recipe of a trial, live or stored; the plain one for the baseline.
-
-    With ``data`` given, the recipe and what follows from it are noted in the trial.
-    """
-    recipe = replace(session.file.space.suggest(trial), data=session.file.data)
-    if trial.user_attrs.get("baseline"):
-        recipe = plain(recipe)
-    if data is not None:
-        facts: dict[str, Any] = {
-            "recipe": recipe.to_dict(),
-            "digest": recipe.digest(),
-            "loss": LOSSES.name_of(recipe.loss),
-            "sampler": SAMPLERS.name_of(recipe.sampler),
-            "kappa": recipe.correction(data.class_counts, data.groups),
-            "epochs": recipe.epochs,
-            "settled": recipe.settled(),
-        }
-        warning = correction_warning(facts["kappa"])
-        if warning:
-            log.info("trial %d: %s", trial.number, warning)
-            facts["warning"] = warning
-        for key, value in facts.items():
-            trial.set_user_attr(key, value)
-    return recipe
-
-
-def plain(recipe: Recipe) -> Recipe:
-    """The same training with plain cross-entropy and natural sampling in one stage."""
-    training = TRAININGS["single_stage"](
-        batch_size=recipe.training.batch_size, precision=recipe.training.precision
-    )
-    loss, sampler = PARTS["loss"]["cross_entropy"](), SAMPLERS["natural"]()
-    return replace(recipe, loss=loss, sampler=sampler, training=training)
-
-
-def _equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:
-    digest = recipe.digest()
-    for trial in session.trials(TrialState.COMPLETE):
-        attrs = trial.user_attrs
-        if attrs.get("digest") == digest and "duplicate_of" not in attrs and trial.number != number:
-            return trial
-    return None
 
 
 def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:

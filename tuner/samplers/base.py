@@ -50,7 +50,8 @@ class ClassSampler(Sampler[int]):
         if targets.numel() == 0:
             raise DataError("sampler: the training part has no samples")
         self.component, self.groups = component, groups
-        self.class_counts = class_counts(targets, max(num_classes, _num_grouped(groups)))
+        known = max(num_classes, _num_grouped(groups), int(targets.max()) + 1)
+        self.class_counts = class_counts(targets, known)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._counts = self.class_counts.numpy()
         self._order = np.argsort(targets.cpu().numpy(), kind="stable")

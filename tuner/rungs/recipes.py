@@ -1,0 +1,65 @@
+"""The recipe of a ticket, what is noted of it, and whether it was trained before."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.datasets import Data
+from tuner.imbalance import correction_warning
+from tuner.losses import LOSSES
+from tuner.recipe import PARTS, Recipe
+from tuner.samplers import SAMPLERS
+from tuner.session import Session
+from tuner.training import TRAININGS
+
+log = logging.getLogger(__name__)
+
+
+def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
+    """Recipe of a trial, live or stored; the plain one for the baseline.
+
+    With ``data`` given, the recipe and what follows from it are noted in the trial.
+    """
+    recipe = replace(session.file.space.suggest(trial), data=session.file.data)
+    if trial.user_attrs.get("baseline"):
+        recipe = plain(recipe)
+    if data is not None:
+        facts: dict[str, Any] = {
+            "recipe": recipe.to_dict(),
+            "digest": recipe.digest(),
+            "loss": LOSSES.name_of(recipe.loss),
+            "sampler": SAMPLERS.name_of(recipe.sampler),
+            "kappa": recipe.correction(data.class_counts, data.groups),
+            "epochs": recipe.epochs,
+            "settled": recipe.settled(),
+        }
+        warning = correction_warning(facts["kappa"])
+        if warning:
+            log.info("trial %d: %s", trial.number, warning)
+            facts["warning"] = warning
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+    return recipe
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """The same training with plain cross-entropy and natural sampling in one stage."""
+    training = TRAININGS["single_stage"](
+        batch_size=recipe.training.batch_size, precision=recipe.training.precision
+    )
+    loss, sampler = PARTS["loss"]["cross_entropy"](), SAMPLERS["natural"]()
+    return replace(recipe, loss=loss, sampler=sampler, training=training)
+
+
+def equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:
+    """A complete trial, other than ``number``, that trained an equivalent recipe."""
+    digest = recipe.digest()
+    for trial in session.trials(TrialState.COMPLETE):
+        attrs = trial.user_attrs
+        if attrs.get("digest") == digest and "duplicate_of" not in attrs and trial.number != number:
+            return trial
+    return None
