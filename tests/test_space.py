@@ -246,3 +246,10 @@ def test_rows_say_in_words_what_is_searched() -> None:
         "optimizer.sgd.nesterov": "one of true, false",
         "model.mlp.width": "16 to 1048576, step 16",
     }
+
+
+def test_preset_of_the_class_balanced_loss_is_the_published_beta() -> None:
+    tables = {"loss": {"class_balanced": {"beta": [0.9, 0.99, 0.999, 0.9999]}}}
+    fixed = {"data": {"name": "digits"}, "model": {"name": "linear"}}
+    space = parse_space(tables, fixed, epochs=1, seed=0, where="study.toml")
+    assert space.defaults(loss="class_balanced")["loss.class_balanced.beta"] == 0.999

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.datasets import DATASETS, Data, ResidentImages, StreamedImages
+from tuner.datasets import Data, ResidentImages, StreamedImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -194,10 +194,10 @@ def test_broken_checkpoint_starts_the_trial_again(tmp_path: Path, digits: Data) 
 
 
 def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Path) -> None:
-    from image_folders import photos
+    from image_folders import dataset, photos
 
     photos(tmp_path / "photos", {"common": 24, "some": 12, "rare": 8})
-    source = DATASETS["image_folder"](root="photos", image_size=32)
+    source = dataset("image_folder", root="photos", image_size=32)
     resident, streamed = source.build(tmp_path), source.build(tmp_path, resident_limit=0)
     assert isinstance(resident.train.images, ResidentImages)
     assert isinstance(streamed.train.images, StreamedImages)

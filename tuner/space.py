@@ -122,7 +122,13 @@ def _axis_sizes(place: str, entries: dict[str, Entry]) -> Iterator[int]:
 
 
 def default_of(cls: type[Any], key: str) -> Any:
-    """Default of a component's hyperparameter; None when it has none."""
+    """Default of a component's hyperparameter; None when it has none.
+
+    Where the field is None by default and stands for a number, the component says which
+    under ``published``.
+    """
+    if key in getattr(cls, "published", {}):
+        return cls.published[key]
     for field in fields(cls):
         if field.name == key:
             default = field.default

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, Self, Unpack
+from typing import Annotated, ClassVar, Literal, Self, Unpack
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -71,6 +72,8 @@ class ClassBalanced(LossComponent):
     with neither, β is 0.999. ``gamma`` acts for the base ``focal`` only.
     """
 
+    published: ClassVar[Mapping[str, float]] = {"beta": 0.999, "effective_samples": 1000.0}
+
     beta: Fraction | None = None
     effective_samples: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     base: Base = "softmax"
@@ -89,7 +92,7 @@ class ClassBalanced(LossComponent):
         """β, whichever way it was given."""
         if self.effective_samples is not None:
             return 1 - 1 / self.effective_samples
-        return 0.999 if self.beta is None else self.beta
+        return self.published["beta"] if self.beta is None else self.beta
 
     def build(self, class_counts: Tensor) -> Loss:
         """The loss for these class counts."""
