@@ -20,9 +20,9 @@ errors __init__
 registry
 seeding imbalance metrics checkpoint
 losses samplers datasets models augment optim schedules posthoc statistics
-training entries evaluation pruning
+training entries pruning
 recipe
-lane loaded describe space
+lane loaded describe space evaluation
 study trainer storage search artifacts
 tickets
 session

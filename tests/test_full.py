@@ -13,6 +13,7 @@ from tuner import artifacts
 from tuner.datasets import Data
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
+from tuner.recipe import Recipe
 from tuner.rungs import full
 from tuner.rungs.full import Outcome, run
 from tuner.session import Session
@@ -52,7 +53,8 @@ def test_metrics_can_be_recomputed_from_the_stored_logits(
     run_next(session, digits)
     kept = artifacts.load_validation(session.trial_folder(0))
     assert kept is not None
-    again = assess_validation(kept["logits"], digits)
+    recipe = Recipe.from_dict(stored(session, 0).user_attrs["recipe"])
+    again = assess_validation(kept["logits"], digits, recipe)
     metrics = stored(session, 0).user_attrs["metrics"]
     for kind, found in (("raw", again.raw), ("adjusted", again.adjusted)):
         for name, value in found.items():

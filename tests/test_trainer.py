@@ -160,6 +160,15 @@ def test_sigmoid_losses_start_at_the_prior_and_spare_the_bias_from_decay(digits:
     assert any(bias is parameter for group in spared for parameter in group["params"])
 
 
+def test_cosine_head_gives_logits_on_the_scale_of_its_loss(digits: Data) -> None:
+    lane = Lane(recipe(loss={"name": "ldam", "scale": 20.0}), digits, "cpu")
+    logits = lane.logits(digits.validation.images)
+    assert 1 < logits.abs().max() <= 20
+    norms, bias = lane.head_state()
+    assert norms.eq(1).all()
+    assert bias.eq(0).all()
+
+
 def test_diverging_training_says_so(digits: Data) -> None:
     wild = recipe(optimizer={"name": "sgd", "lr": 1e30})
     with pytest.raises(NonFiniteError, match="epoch"):

@@ -11,6 +11,7 @@ from tuner.datasets import Data
 from tuner.imbalance import Groups, log_priors
 from tuner.metrics import METRICS, evaluate
 from tuner.posthoc import adjust_logits, cross_fitted, cross_fitted_tau_norm, fit_temperature
+from tuner.recipe import Recipe
 
 Metrics = dict[str, float | None]
 FOLDS = 5
@@ -34,10 +35,17 @@ class Assessment:
         return float("nan") if value is None else value
 
 
-def assess(logits: Tensor, targets: Tensor, class_counts: Tensor, groups: Groups) -> Assessment:
-    """Judge logits (N, C) against targets (N,), with the training part's class counts (C,)."""
+def assess(
+    logits: Tensor, targets: Tensor, class_counts: Tensor, groups: Groups, kappa: float
+) -> Assessment:
+    """Judge logits (N, C) against targets (N,), with the training part's class counts (C,).
+
+    ``kappa`` is the correction that training did already. The adjustment of the population
+    optimum, 1 - κ, is taken unless the images speak against it by more than one standard error.
+    """
     priors = log_priors(class_counts).to(logits.dtype)
-    fitted = cross_fitted(logits, targets, priors, folds=FOLDS, seed=0)
+    center = min(max(1 - kappa, 0.0), 1.0)
+    fitted = cross_fitted(logits, targets, priors, folds=FOLDS, seed=0, center=center)
     return Assessment(
         raw=evaluate(logits, targets, groups),
         adjusted=evaluate(fitted.adjusted_logits, targets, groups),
@@ -45,9 +53,11 @@ def assess(logits: Tensor, targets: Tensor, class_counts: Tensor, groups: Groups
     )
 
 
-def assess_validation(logits: Tensor, data: Data) -> Assessment:
-    """Judge logits of the validation part of ``data``."""
-    return assess(logits, data.validation.targets.cpu(), data.class_counts, data.groups)
+def assess_validation(logits: Tensor, data: Data, recipe: Recipe) -> Assessment:
+    """Judge a recipe's logits of the validation part of ``data``."""
+    kappa = recipe.correction(data.class_counts, data.groups)
+    targets = data.validation.targets.cpu()
+    return assess(logits, targets, data.class_counts, data.groups, kappa)
 
 
 def extras(

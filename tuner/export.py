@@ -163,7 +163,7 @@ def retrain(
     for result in epochs(loaded.recipe, data, device=device):
         on_epoch(result)
     assert result is not None, "a recipe has at least one epoch"
-    assessment = assess_validation(result.logits, data)
+    assessment = assess_validation(result.logits, data, loaded.recipe)
     return Retrained(result.lane, assessment, _difference(assessment, stored))
 
 

@@ -192,11 +192,18 @@ class Lane:
             self._forward(self.augment.normalize(batch.to(self.device, non_blocking=True)))
             for batch in self._load(images, batches)
         ]
-        return torch.cat(parts).cpu()
+        scale: float = self.recipe.loss.output_scale()
+        return torch.cat(parts).cpu() * scale
 
     def head_state(self) -> tuple[Tensor, Tensor]:
-        """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,)."""
+        """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,).
+
+        A cosine head divides by the norms itself: they are 1.
+        """
         head = self.model.head
+        if self.recipe.loss.head == "cosine":
+            ones = torch.ones(self.data.num_classes)
+            return ones, torch.zeros_like(ones)
         weight = head.weight.detach().float().cpu()
         bias = getattr(head, "bias", None)
         norms = weight.norm(dim=1)

@@ -96,11 +96,13 @@ class LoadedRecipe:
         """Logits (N, C) after the recipe's adjustment, logits - τ·log prior.
 
         The priors are those of your ``class_counts``, by default those of the study's data.
+        The output of a cosine head is scaled first, as the recipe's loss does.
 
         Raises:
             DataError: The counts are of another number of classes than the logits.
         """
         counts = self.class_counts if class_counts is None else torch.as_tensor(class_counts)
+        logits = logits * self.recipe.loss.output_scale()
         if self.tau == 0:
             return logits
         if len(counts) != logits.shape[-1]:

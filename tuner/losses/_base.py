@@ -199,6 +199,10 @@ class LossComponent(ABC):
         """Initial bias of the last layer, to be kept from weight decay; None: no wish."""
         return None
 
+    def output_scale(self) -> float:
+        """Factor that turns the model's output into logits; not 1 for a cosine head."""
+        return 1.0
+
     def weight_exponent(self, class_counts: Tensor) -> float:
         """Share w of the total correction κ = s + w + τ: weights act as n^-w."""
         return 0.0

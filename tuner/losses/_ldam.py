@@ -94,6 +94,10 @@ class Ldam(LossComponent):
             start=self.start,
         )
 
+    def output_scale(self) -> float:
+        """The scale of the loss: cosines in [-1, 1] are no logits yet."""
+        return self.scale
+
     def weight_exponent(self, class_counts: Tensor) -> float:
         """Exponent fitted to the class-balanced weights; margins have none."""
         return fitted_exponent(class_counts, class_balanced_weights(class_counts, self.beta))

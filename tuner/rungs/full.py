@@ -135,7 +135,7 @@ class _Training:
         self.trial.set_user_attr("device", self.device)
         saved = time.monotonic()
         for result in epochs(self.recipe, self.data, device=self.device, resume=resume):
-            assessment = assess_validation(result.logits, self.data)
+            assessment = assess_validation(result.logits, self.data, self.recipe)
             value = self._report(result, assessment)
             on_epoch(self.trial, result, value)
             if result.epoch + 1 == self.recipe.epochs:
