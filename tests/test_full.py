@@ -13,6 +13,7 @@ from tuner import artifacts
 from tuner.datasets import Data
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
+from tuner.pruning import Curve
 from tuner.recipe import Recipe
 from tuner.rungs import full
 from tuner.rungs.full import Outcome, run
@@ -164,6 +165,39 @@ def test_error_in_the_code_fails_the_trial_and_keeps_the_traceback(
     assert "somebody's bug" in trial.user_attrs["detail"]
 
 
+def test_trials_that_break_the_floor_are_no_peers_to_prune_by(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count(_: Curve, peers: list[Curve], **__: float) -> bool:
+        seen.append(len(peers))
+        return False
+
+    monkeypatch.setattr(full, "is_behind", count)
+    session = make_session(search={"control": 0.0}, budget={"trials": 4, "epochs": 4})
+    run_next(session, digits)
+    run_next(session, digits)
+    monkeypatch.setattr(Session, "keeps_floor", lambda *_: False)
+    run_next(session, digits)
+    assert seen == [0, 0, 1, 1, 0, 0]
+
+
+def test_trial_that_another_worker_ended_is_left_alone(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session()
+    trial = claim(session)
+    assert trial is not None
+
+    def steal(*_: object) -> None:
+        session.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    outcome = run(session, trial, digits, device="cpu", stop=lambda: False, on_epoch=steal)
+    assert outcome.state == "lost"
+    assert stored(session, 0).state == TrialState.FAIL
+
+
 def test_floor_is_set_as_a_constraint_of_the_trial(make_session: MakeSession, digits: Data) -> None:
     session = make_session(
         objective={"metric": "tail_accuracy", "floor": {"metric": "accuracy", "drop": 0.05}}
@@ -191,7 +225,7 @@ def test_stopped_trial_goes_back_and_ends_as_if_it_had_never_stopped(
         run_next(session, digits)
     assert run_next(session, digits, stop=lambda: True).state == "interrupted"
     assert stored(session, 2).state == TrialState.WAITING
-    assert artifacts.load_checkpoint(session.trial_folder(2)) is not None
+    assert artifacts.load_checkpoint(session.trial_folder(2), session.identity()) is not None
     assert run_next(session, digits).state == "complete"
     ours, theirs = stored(session, 2), stored(whole, 2)
     assert ours.params == theirs.params

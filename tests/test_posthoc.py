@@ -296,26 +296,3 @@ def test_temperature_stays_within_its_bounds() -> None:
     assert posthoc.fit_temperature(-right, targets) == 100.0
     assert posthoc.fit_temperature(torch.zeros(4, 4), targets) == 1.0
     assert 0.01 <= posthoc.fit_temperature(1000 * right, targets) <= 100
-
-
-def test_few_images_do_not_push_tau_away_from_the_center() -> None:
-    generator = torch.Generator().manual_seed(0)
-    priors = torch.tensor([0.9, 0.1]).log()
-    targets = torch.tensor([0] * 20 + [1] * 4)
-    logits = torch.randn(24, 2, generator=generator)
-    logits[torch.arange(24), targets] += 1.5
-    free = posthoc.fit_tau(logits, targets, priors)
-    held = posthoc.fit_tau(logits, targets, priors, center=1.0)
-    assert abs(held - 1.0) < abs(free - 1.0)
-    many, where = logits.repeat(400, 1), targets.repeat(400)
-    assert posthoc.fit_tau(many, where, priors, center=1.0) != held, "many images may push it"
-
-
-def test_center_is_kept_where_the_images_say_nothing_against_it() -> None:
-    targets = torch.tensor([0, 1, 0, 1])
-    logits = torch.eye(2)[targets] * 50
-    priors = torch.tensor([0.9, 0.1]).log()
-    assert posthoc.fit_tau(logits, targets, priors) == 0.0
-    assert posthoc.fit_tau(logits, targets, priors, center=1.0) == pytest.approx(1.0)
-    folded = posthoc.cross_fitted(logits, targets, priors, folds=2, seed=0, center=0.5)
-    assert folded.tau == pytest.approx(0.5)

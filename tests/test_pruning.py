@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from tuner.pruning import Curve, is_at_chance, is_behind
+from tuner.imbalance import Groups
+from tuner.pruning import Curve, effective_images, is_at_chance, is_behind
 
 EPOCHS = 20
 
@@ -81,3 +83,17 @@ def test_trials_of_other_lengths_are_compared_at_equal_fraction() -> None:
 def test_predicting_one_class_is_chance(accuracy: float, guesses: bool) -> None:
     assert is_at_chance(accuracy, 10, images=100, progress=0.5) is guesses
     assert not is_at_chance(accuracy, 10, images=100, progress=0.2)
+
+
+def test_few_images_of_one_class_count_for_little_in_a_mean_of_recalls() -> None:
+    groups = Groups(head=(0,), medium=(), tail=(1, 2))
+    images = torch.tensor([100, 50, 2])
+    assert effective_images("tail_accuracy", images, groups) == pytest.approx(4 / (1 / 50 + 1 / 2))
+    assert effective_images("head_accuracy", images, groups) == pytest.approx(100)
+    assert effective_images("accuracy", images, groups) == pytest.approx(152)
+
+
+@pytest.mark.parametrize("metric", ["worst_class", "geometric_mean", "nll", "medium_accuracy"])
+def test_metric_without_a_bound_is_not_pruned_by(metric: str) -> None:
+    groups = Groups(head=(0,), medium=(), tail=(1, 2))
+    assert effective_images(metric, torch.tensor([100, 50, 2]), groups) is None

@@ -146,3 +146,13 @@ def test_canonical_form_drops_what_changes_nothing() -> None:
 def test_values_outside_their_bounds_are_refused(hyperparameters: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(hyperparameters))):
         SAMPLERS["class_aware"](**hyperparameters)
+
+
+@pytest.mark.parametrize(
+    "component", [ClassAware(exponent=0.0), EffectiveNumber(beta=0.0)], ids=repr
+)
+def test_sampler_that_changes_nothing_draws_as_the_natural_one(component: SamplerComponent) -> None:
+    targets = torch.tensor([0] * 30 + [1] * 7)
+    assert torch.equal(
+        component.build(targets, seed=3).epoch(0.5), Natural().build(targets, seed=3).epoch(0.5)
+    )

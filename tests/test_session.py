@@ -17,6 +17,7 @@ from conftest import MakeFile, MakeSession
 from optuna.trial import TrialState
 
 from tuner import session as sessions
+from tuner import tickets
 from tuner.datasets import Data
 from tuner.errors import DataError, StorageError, TunerError
 from tuner.session import Session
@@ -190,6 +191,83 @@ def test_best_keeps_the_floor_below_the_baseline(make_session: MakeSession) -> N
     assert best.number == 2
 
 
+def test_when_all_break_the_floor_the_least_breach_is_best(make_session: MakeSession) -> None:
+    session = make_session()
+    trial = claim(session)
+    assert trial is not None
+    raw = {"tail_accuracy": 0.3, "accuracy": 0.9, "balanced_accuracy": 0.6}
+    adjusted = raw | {"tail_accuracy": 0.5, "accuracy": 0.85}
+    trial.set_user_attr("metrics", {"raw": raw, "adjusted": adjusted})
+    session.study.tell(trial, 0.5)
+    assert not session.keeps_floor(session.study.trials[0]), "adjusted, it breaks its own floor"
+    finish(session, tail=0.9, overall=0.2)
+    best = session.best()
+    assert best is not None
+    assert best.number == 0
+    finish(session, tail=0.4, overall=0.89)
+    best = session.best()
+    assert best is not None
+    assert best.number == 2
+
+
+def end(session: Session, state: TrialState) -> int:
+    trial = claim(session)
+    assert trial is not None
+    session.study.tell(trial, state=state)
+    return trial.number
+
+
+def test_baseline_without_a_result_is_tried_again_more_slowly(make_session: MakeSession) -> None:
+    session = make_session()
+    assert end(session, TrialState.PRUNED) == 0
+    assert fill_queue(session) == 1
+    again = claim(session)
+    assert again is not None
+    assert again.number == 4, "before the other tickets"
+    assert again.user_attrs["baseline"]
+    rate = session.study.trials[0].system_attrs["fixed_params"]["optimizer.sgd.lr"]
+    session.file.space.suggest(again)
+    assert again.params["optimizer.sgd.lr"] == pytest.approx(max(0.3 * rate, 0.05))
+    session.study.tell(again, state=TrialState.FAIL)
+    assert fill_queue(session) == 1
+    end(session, TrialState.FAIL)
+    assert fill_queue(session) == 0, "three attempts are enough"
+
+
+def test_claim_is_signed_before_anything_that_takes_time(
+    make_session: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session()
+    first = claim(session)
+    assert first is not None
+    requeue(session, first._trial_id)
+    assert session.study.trials[0].user_attrs["worker"] is None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tickets, "Trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        claim(session)
+    assert session.study.trials[0].user_attrs["worker"] == worker_name()
+    assert requeue_orphans(session) == []
+
+
+def test_trial_that_ended_is_not_put_back(make_session: MakeSession) -> None:
+    session = make_session()
+    trial = claim(session)
+    assert trial is not None
+    session.study.tell(trial, 0.5)
+    requeue(session, trial._trial_id)
+    assert session.study.trials[0].state == TrialState.COMPLETE
+
+
+def test_trial_of_a_plain_optuna_script_is_no_candidate(make_session: MakeSession) -> None:
+    session = make_session()
+    session.study.add_trial(optuna.trial.create_trial(value=1.0))
+    assert session.best() is None
+
+
 def test_without_a_floor_the_highest_tail_wins(make_session: MakeSession) -> None:
     session = make_session(objective={"metric": "tail_accuracy", "floor": False})
     finish(session, tail=0.3, overall=0.9)
@@ -255,6 +333,17 @@ def test_progressive_ladder_climbs_while_the_tail_is_below_the_gate(
     best = session.best()
     assert best is not None
     assert best.number == 4, "the best rung is returned, not the last"
+
+
+def test_progressive_ladder_goes_on_with_a_larger_budget(make_session: MakeSession) -> None:
+    session = make_session(**PROGRESSIVE)
+    for _ in range(3):
+        finish(session, tail=0.3)
+    larger = make_session(**PROGRESSIVE | {"budget": {"trials": 13, "epochs": 3}})
+    assert queued(larger) == ["cross_entropy"]
+    finish(larger, tail=0.3)
+    assert fill_queue(larger) == 3
+    assert queued(larger) == ["weighted_cross_entropy"] * 3
 
 
 def test_progressive_ladder_stops_once_the_gate_is_passed(make_session: MakeSession) -> None:

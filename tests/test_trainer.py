@@ -84,9 +84,9 @@ def test_resumed_training_continues_bit_for_bit(
     interrupted = epochs(which, digits)
     for _ in range(stop_after):
         result = next(interrupted)
-    artifacts.save_checkpoint(tmp_path, result.snapshot())
+    artifacts.save_checkpoint(tmp_path, result.snapshot(), {})
     next(interrupted, None)  # what ran on after the checkpoint must not matter
-    rest = list(epochs(which, digits, resume=artifacts.load_checkpoint(tmp_path)))
+    rest = list(epochs(which, digits, resume=artifacts.load_checkpoint(tmp_path, {})))
 
     assert [r.epoch for r in rest] == list(range(stop_after, 4))
     for ours, theirs in zip(rest, whole[stop_after:], strict=True):
@@ -196,10 +196,10 @@ def test_snapshot_of_another_recipe_is_refused(digits: Data) -> None:
 
 
 def test_broken_checkpoint_starts_the_trial_again(tmp_path: Path, digits: Data) -> None:
-    artifacts.save_checkpoint(tmp_path, next(epochs(recipe(), digits)).snapshot())
+    artifacts.save_checkpoint(tmp_path, next(epochs(recipe(), digits)).snapshot(), {})
     path = tmp_path / artifacts.CHECKPOINT
     path.write_bytes(path.read_bytes()[:100])
-    assert artifacts.load_checkpoint(tmp_path) is None
+    assert artifacts.load_checkpoint(tmp_path, {}) is None
 
 
 def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Path) -> None:
@@ -220,6 +220,18 @@ def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Pa
     ours, _ = trained(which, resident)
     theirs, _ = trained(which, replace(streamed, mean=resident.mean, std=resident.std))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_checkpoint_of_another_study_or_other_data_is_not_used(
+    tmp_path: Path, digits: Data
+) -> None:
+    snapshot = next(epochs(recipe(), digits)).snapshot()
+    mine = {"study": "a", "fingerprint": digits.fingerprint}
+    artifacts.save_checkpoint(tmp_path, snapshot, mine)
+    digest = recipe().digest()
+    assert artifacts.load_checkpoint(tmp_path, {**mine, "recipe": digest}) is not None
+    for key in ("study", "fingerprint", "recipe"):
+        assert artifacts.load_checkpoint(tmp_path, {**mine, key: "other"}) is None
 
 
 @pytest.mark.gpu

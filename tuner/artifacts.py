@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,29 @@ def artifacts_root(given: Path | None) -> Path:
     return given or Path(os.environ.get("TUNER_ARTIFACTS") or "runs/artifacts")
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot) -> None:
-    """Keep a snapshot to resume from, in place of an earlier one."""
-    checkpoint.save(folder / CHECKPOINT, snapshot.tensors, snapshot.meta)
+def save_checkpoint(folder: Path, snapshot: Snapshot, identity: Mapping[str, str]) -> None:
+    """Keep a snapshot to resume from, in place of an earlier one; see ``Session.identity``."""
+    checkpoint.save(folder / CHECKPOINT, snapshot.tensors, {**snapshot.meta, **identity})
 
 
-def load_checkpoint(folder: Path) -> Snapshot | None:
-    """The snapshot to resume from; None when there is none, or none that can be read."""
+def load_checkpoint(folder: Path, identity: Mapping[str, str]) -> Snapshot | None:
+    """The snapshot to resume from; None when there is none, or none that can be used.
+
+    A checkpoint with another ``identity`` (study, data, recipe digest) is not used: an earlier
+    study of the same name may have left it.
+    """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:
-        return Snapshot(*checkpoint.load(path))
+        snapshot = Snapshot(*checkpoint.load(path))
     except CheckpointError as error:
         log.warning("%s; the trial starts again from epoch 0", error)
         return None
+    if any(snapshot.meta.get(key) != value for key, value in identity.items()):
+        log.warning("%s belongs to another study; the trial starts from epoch 0", path)
+        return None
+    return snapshot
 
 
 def drop_checkpoint(folder: Path) -> None:
@@ -72,6 +81,15 @@ def save_weights(folder: Path, model: torch.nn.Module, meta: dict[str, Any]) -> 
     """Keep a trained model's weights."""
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     checkpoint.save(folder / WEIGHTS, tensors, meta)
+
+
+def load_weights(folder: Path, identity: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """Weights that ``save_weights`` kept with this identity; None when there are none."""
+    path = folder / WEIGHTS
+    if not path.exists():
+        return None
+    tensors, meta = checkpoint.load(path)
+    return tensors if all(meta.get(key) == value for key, value in identity.items()) else None
 
 
 def keep_weights_only_of(root: Path, numbers: set[int]) -> None:

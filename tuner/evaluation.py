@@ -10,7 +10,13 @@ from torch import Tensor
 from tuner.datasets import Data
 from tuner.imbalance import Groups, log_priors
 from tuner.metrics import METRICS, evaluate
-from tuner.posthoc import adjust_logits, cross_fitted, cross_fitted_tau_norm, fit_temperature
+from tuner.posthoc import (
+    TAU_GRID,
+    adjust_logits,
+    cross_fitted,
+    cross_fitted_tau_norm,
+    fit_temperature,
+)
 from tuner.recipe import Recipe
 
 Metrics = dict[str, float | None]
@@ -40,17 +46,26 @@ def assess(
 ) -> Assessment:
     """Judge logits (N, C) against targets (N,), with the training part's class counts (C,).
 
-    ``kappa`` is the correction that training did already. The adjustment of the population
-    optimum, 1 - κ, is taken unless the images speak against it by more than one standard error.
+    ``kappa`` is the correction that training did already; see ``tau_grid``.
     """
     priors = log_priors(class_counts).to(logits.dtype)
-    center = min(max(1 - kappa, 0.0), 1.0)
-    fitted = cross_fitted(logits, targets, priors, folds=FOLDS, seed=0, center=center)
+    grid = tau_grid(kappa)
+    fitted = cross_fitted(logits, targets, priors, folds=FOLDS, seed=0, grid=grid)
     return Assessment(
         raw=evaluate(logits, targets, groups),
         adjusted=evaluate(fitted.adjusted_logits, targets, groups),
         tau=fitted.tau,
     )
+
+
+def tau_grid(kappa: float) -> Tensor:
+    """The τ that may be chosen after training with total correction κ.
+
+    Undoing a correction helps only where there was too much of it: τ below min(0, 1 - κ) would
+    favour the head beyond the training part's own priors, which few validation images, all of
+    their tail correct, can seem to ask for.
+    """
+    return TAU_GRID[min(0.0, 1 - kappa) - 1e-9 <= TAU_GRID]
 
 
 def assess_validation(logits: Tensor, data: Data, recipe: Recipe) -> Assessment:

@@ -74,11 +74,10 @@ def find_trial(session: Session, number: int | None) -> FrozenTrial:
 
 def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
     """The trial's recipe file, with its adjustment and where it comes from."""
-    tau = trial.user_attrs["tau"] if session.file.objective.adjusted else 0.0
     tables = {
         **stored_recipe(trial).to_dict(),
         "result": {
-            "tau": tau,
+            "tau": deployed_tau(session, trial),
             "class_counts": data.class_counts.tolist(),
             "class_names": list(data.class_names),
             "mean": list(data.mean),
@@ -96,19 +95,24 @@ def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
     return tomli_w.dumps(tables)
 
 
+def deployed_tau(session: Session, trial: FrozenTrial) -> float:
+    """The adjustment a trial is used with: the fitted τ, or none if the study asks for none."""
+    return float(trial.user_attrs["tau"]) if session.file.objective.adjusted else 0.0
+
+
 def collect_metrics(
     session: Session, trial: FrozenTrial, data: Data, verdict: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Everything measured of a trial: validation raw and adjusted, and the test part if judged."""
-    attrs = trial.user_attrs
+    attrs, tau = trial.user_attrs, deployed_tau(session, trial)
     return {
         "study": session.file.name,
         "trial": trial.number,
         "objective": {"metric": session.file.objective.metric, "value": trial.value},
         "validation": attrs["metrics"],
-        "tau": attrs["tau"],
-        "class_thresholds": class_thresholds(log_priors(data.class_counts), attrs["tau"]).tolist(),
-        "posthoc": attrs["extras"],
+        "tau": tau,
+        "class_thresholds": class_thresholds(log_priors(data.class_counts), tau).tolist(),
+        "posthoc": {"fitted_tau": attrs["tau"], **attrs["extras"]},
         "verdict": verdict,
     }
 

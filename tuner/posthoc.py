@@ -64,18 +64,15 @@ def fit_tau(
     groups: Groups | None = None,
     metric: str = "balanced_accuracy",
     grid: Tensor = TAU_GRID,
-    center: float | None = None,
 ) -> float:
     """The τ of ``grid`` with the best ``metric``, one of ``metrics.RECALL_METRICS``.
 
     Of equally good τ the neutral 0 wins; without it, the middle of the widest run of
-    neighbours, which lies farthest from where predictions change. With a ``center``, the τ
-    nearest to it wins among those within one standard error of the best, which is taken over
-    the images the two judge differently: few images do not push τ far from what theory says.
+    neighbours, which lies farthest from where predictions change.
     """
     correct = _correct_by_tau(logits, targets, log_priors, grid)
     everything = torch.zeros_like(targets)
-    return _fit(correct, targets, everything, grid, metric, groups, logits.shape[1], center)[-1]
+    return _fit(correct, targets, everything, grid, metric, groups, logits.shape[1])[-1]
 
 
 def cross_fitted(
@@ -88,12 +85,11 @@ def cross_fitted(
     groups: Groups | None = None,
     metric: str = "balanced_accuracy",
     grid: Tensor = TAU_GRID,
-    center: float | None = None,
 ) -> CrossFitted:
     """Adjust each fold of the images with the τ that ``fit_tau`` finds on the other folds."""
     fold = stratified_folds(targets, folds, seed)
     correct = _correct_by_tau(logits, targets, log_priors, grid)
-    *by_fold, tau = _fit(correct, targets, fold, grid, metric, groups, logits.shape[1], center)
+    *by_fold, tau = _fit(correct, targets, fold, grid, metric, groups, logits.shape[1])
     tau_of_image = logits.new_tensor(by_fold)[fold, None]
     return CrossFitted(tau, adjust_logits(logits, log_priors, tau_of_image))
 
@@ -234,7 +230,6 @@ def _fit(
     metric: str,
     groups: Groups | None,
     num_classes: int,
-    center: float | None = None,
 ) -> list[float]:
     """The best grid value on the complement of each fold, and last on all images."""
     folds = int(fold.max()) + 1 if len(fold) else 1
@@ -246,23 +241,7 @@ def _fit(
     images = torch.cat([images.sum(0) - images, images.sum(0, keepdim=True)])
     weights = metrics.recall_weights(metric, images, groups) / images.clamp(min=1)
     scores = torch.einsum("fc,fct->ft", weights, hits)
-    values = grid.tolist()
-    found = [_best(row, values) for row in scores.tolist()]
-    if center is None:
-        return found
-    kept = [(fold != f) * weights[f, targets] for f in range(folds)] + [weights[-1, targets]]
-    return [
-        _nearest(correct, weight, values.index(best), grid, center)
-        for weight, best in zip(kept, found, strict=True)
-    ]
-
-
-def _nearest(correct: Tensor, weight: Tensor, best: int, grid: Tensor, center: float) -> float:
-    """The value nearest to ``center`` that is within one paired standard error of the best."""
-    lost = correct[:, best : best + 1].to(weight) - correct.to(weight)
-    gap, error = weight @ lost, (weight.square() @ lost.square()).sqrt()
-    distance = (grid.to(weight) - center).abs()
-    return float(grid[int(torch.where(gap <= error + _TIE, distance, math.inf).argmin())])
+    return [_best(row, grid.tolist()) for row in scores.tolist()]
 
 
 def _best(scores: list[float], grid: list[float]) -> float:

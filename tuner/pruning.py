@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from torch import Tensor
+
+from tuner.imbalance import Groups
+from tuner.metrics import RECALL_METRICS, recall_weights
 from tuner.statistics import wilson
 
 MARGIN = 0.05
@@ -34,13 +38,26 @@ class Curve:
         return self.values[epoch]
 
 
-def is_behind(curve: Curve, peers: Sequence[Curve], *, images: int, after: float) -> bool:
+def effective_images(metric: str, images: Tensor, groups: Groups) -> float | None:
+    """Number of images a mean of recalls is as certain as: 1 / Σ w_c²/n_c.
+
+    ``images`` (C,) are the evaluation images of each class. None for a metric that is no mean
+    of recalls, and where no class that counts has an image: there is no bound to prune by.
+    """
+    if metric not in RECALL_METRICS:
+        return None
+    weights = recall_weights(metric, images, groups)
+    variance = float((weights.square() / images.clamp(min=1)).sum())
+    return 1 / variance if variance > 0 else None
+
+
+def is_behind(curve: Curve, peers: Sequence[Curve], *, images: float, after: float) -> bool:
     """Whether the trial is so far behind its peers that noise does not explain it.
 
     True when, after each of the last two epochs, the upper 95 % Wilson bound of its value over
-    ``images`` evaluation images is below the peers' median, or below the lower bound of the
-    best peer. Never before the share ``after`` of the training, before warm-up and deferred
-    parts, with fewer than four peers, or while two trials of its loss are not yet complete.
+    ``images`` effective images is below the peers' median, or below the lower bound of the best
+    peer. Never before the share ``after`` of the training, before warm-up and deferred parts,
+    with fewer than four peers, or while two trials of its loss are not yet complete.
     """
     of_this_loss = sum(peer.complete and peer.loss == curve.loss for peer in peers)
     if of_this_loss < MIN_COMPLETE_PER_LOSS or len(curve.values) < 2:
@@ -53,7 +70,7 @@ def is_behind(curve: Curve, peers: Sequence[Curve], *, images: int, after: float
     )
 
 
-def _behind_at(curve: Curve, progress: float, peers: Sequence[Curve], images: int) -> bool:
+def _behind_at(curve: Curve, progress: float, peers: Sequence[Curve], images: float) -> bool:
     value = curve.at(progress)
     others = [v for peer in peers if (v := peer.at(progress)) is not None]
     if value is None or len(others) < MIN_PEERS:

@@ -114,7 +114,11 @@ class Recipe:
         """Progress from which warm-up is over and every deferred part acts, in [0, 1)."""
         starts = [getattr(self.loss, "start", 0.0), getattr(self.sampler, "start", 0.0)]
         warm = self.schedule.warmup_end(self.epochs)
-        return float(max(warm, self.training.stage_start(), *starts))
+        begin = self.training.stage_start()
+        if getattr(self.training, "restart_schedule", False):
+            rest = max(1, round((1 - begin) * self.epochs))
+            begin += (1 - begin) * self.schedule.warmup_end(rest)
+        return float(max(warm, begin, *starts))
 
 
 def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> Any:

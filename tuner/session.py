@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,17 @@ class Session:
     def best(self) -> FrozenTrial | None:
         """The complete trial with the best value among those that keep the floor.
 
-        Equal values are told apart by balanced accuracy, then the earlier trial wins. Trials
-        that break the floor count only when all of them do.
+        Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
+        break the floor, it is the one that breaks it least.
         """
-        complete = [t for t in self.trials(TrialState.COMPLETE) if t.values]
+        complete = [t for t in self.trials(TrialState.COMPLETE) if "metrics" in t.user_attrs]
         feasible = [t for t in complete if self.keeps_floor(t)]
-        return max(feasible or complete, key=self._rank, default=None)
+        if feasible:
+            return max(feasible, key=self._rank)
+        return min(complete, key=self._breach, default=None)
+
+    def _breach(self, trial: FrozenTrial) -> float:
+        return self.floor_violation(trial.user_attrs["metrics"]) or 0.0
 
     def _rank(self, trial: FrozenTrial) -> tuple[float, float, int]:
         objective = self.file.objective
@@ -76,11 +82,16 @@ class Session:
         return float(sign * (reference - value) - floor.drop)
 
     def keeps_floor(self, trial: FrozenTrial) -> bool:
-        """Whether a complete trial keeps the floor (or there is none to keep)."""
-        if trial.user_attrs.get("baseline"):
-            return True
-        violation = self.floor_violation(trial.user_attrs["metrics"])
-        return violation is None or violation <= 0
+        """Whether a judged trial keeps the floor, or there is none to keep.
+
+        The baseline has to keep it too: adjusted, it may not.
+        """
+        return self._breach(trial) <= 0
+
+    def identity(self) -> dict[str, str]:
+        """What files of this study are told apart by: its own id and that of its data."""
+        attrs = self.study.user_attrs
+        return {"study": attrs["study_id"], "fingerprint": attrs["fingerprint"]}
 
 
 def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
@@ -192,6 +203,7 @@ def _describe(study: Study, file: StudyFile, data: Data) -> None:
         "groups": groups,
         "warnings": list(data.warnings),
     }
-    for key, value in facts.items():
-        if study.user_attrs.get(key) != value:
+    known = study.user_attrs
+    for key, value in {"study_id": known.get("study_id", uuid.uuid4().hex), **facts}.items():
+        if known.get(key) != value:
             study.set_user_attr(key, value)

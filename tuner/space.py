@@ -69,6 +69,11 @@ class Space:
                     path = f"{part}.{name}.{key}"
                     yield from ({**params, path: v} for v in entry.grid() if v != params[path])
 
+    def within(self, path: str, value: float) -> Any:
+        """The allowed value of a searched number that is nearest to ``value``."""
+        part, name, key = path.split(".", 2)
+        return self.parts[part][name][key].default(value)
+
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of the open choices, branch by branch, as Optuna parameters.
 

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.search import algorithm
@@ -25,6 +26,8 @@ Ticket = tuple[dict[str, Any], dict[str, Any]]
 """Optuna parameters that are fixed beforehand, and user attributes."""
 
 GRACE_SECONDS = 60
+MAX_BASELINES = 3
+CALMER = 0.3
 
 
 def fill_queue(session: Session) -> int:
@@ -34,18 +37,48 @@ def fill_queue(session: Session) -> int:
     or free tickets for the algorithm. The progressive strategy's tickets are due rung by rung.
     Call it under ``storage.exclusive``, so that nothing is queued twice.
     """
-    have = len(session.trials())
-    due = list(_tickets(session))[have:]
+    trials = [t for t in session.trials() if "again" not in t.user_attrs]
+    have = Counter(t.user_attrs.get("rung") for t in trials)
+    due = []
+    for params, attrs in _tickets(session):
+        have[attrs.get("rung")] -= 1
+        if have[attrs.get("rung")] < 0:
+            due.append((params, attrs))
+    due += _another_baseline(session)
     for params, attrs in due:
         session.study.enqueue_trial(params, user_attrs=attrs)
     return len(due)
 
 
+def _another_baseline(session: Session) -> list[Ticket]:
+    """A further baseline, beyond the budget, while those there are ended without a result.
+
+    Without a baseline there is no floor and no answer. Each further one learns more slowly,
+    where the space leaves the learning rate open.
+    """
+    tried = [t for t in session.trials() if t.user_attrs.get("baseline")]
+    ended = (TrialState.PRUNED, TrialState.FAIL)
+    if not 0 < len(tried) < MAX_BASELINES or any(t.state not in ended for t in tried):
+        return []
+    params = session.file.space.defaults(**_plain_loss(session))
+    rates = {key: value for key, value in params.items() if key.endswith(".lr")}
+    calmer = {
+        key: session.file.space.within(key, value * CALMER ** len(tried))
+        for key, value in rates.items()
+    }
+    return [(params | calmer, {"baseline": True, "again": len(tried)})]
+
+
+def _plain_loss(session: Session) -> dict[str, str]:
+    """The part that makes a default ticket the baseline's, if the space has it."""
+    offered = "cross_entropy" in session.file.space.parts["loss"]
+    return {"loss": "cross_entropy"} if offered else {}
+
+
 def _tickets(session: Session) -> Iterator[Ticket]:
     file = session.file
     space, losses, budget = file.space, list(file.space.parts["loss"]), file.trials()
-    plain = {"loss": "cross_entropy"} if "cross_entropy" in losses else {}
-    yield space.defaults(**plain), {"baseline": True}
+    yield space.defaults(**_plain_loss(session)), {"baseline": True}
     if file.search.algorithm == "grid":
         yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
         return
@@ -88,26 +121,39 @@ def _climbs(session: Session, rung: int, size: int) -> bool:
 
 
 def claim(session: Session) -> Trial | None:
-    """Take the next ticket; None when none is waiting. Exactly one process gets a ticket."""
+    """Take the next ticket, a baseline first; None when none is waiting.
+
+    Exactly one process gets a ticket. It signs it before anything that takes time.
+    """
     storage, study = session.study._storage, session.study
-    for waiting in session.trials(TrialState.WAITING):
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+    tickets = session.trials(TrialState.WAITING)
+    for waiting in sorted(tickets, key=lambda t: (not t.user_attrs.get("baseline"), t.number)):
+        with contextlib.suppress(UpdateFinishedTrialError):
             if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+                storage.set_trial_user_attr(waiting._trial_id, "worker", worker_name())
                 seed = derive_seed(session.file.search.seed, "search", waiting.number)
                 study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
-                trial = Trial(study, waiting._trial_id)
-                trial.set_user_attr("worker", worker_name())
-                return trial
+                return Trial(study, waiting._trial_id)
     return None
 
 
 def requeue(session: Session, trial_id: int) -> None:
-    """Put a running trial back in the queue; it keeps its parameters and its checkpoint."""
-    session.study._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+    """Put a running trial back in the queue; it keeps its parameters and its checkpoint.
+
+    Its signature goes first, so that the next worker's claim is not taken for the old one's. A
+    trial that ended meanwhile stays ended.
+    """
+    storage = session.study._storage
+    with contextlib.suppress(UpdateFinishedTrialError):
+        storage.set_trial_user_attr(trial_id, "worker", None)
+        storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
 def requeue_orphans(session: Session) -> list[int]:
-    """Put back the running trials of workers of this machine that are gone; their numbers."""
+    """Put back the running trials of workers of this machine that are gone; their numbers.
+
+    Call it under ``storage.exclusive``.
+    """
     gone = [t for t in session.trials(TrialState.RUNNING) if _is_orphan(t)]
     for trial in gone:
         requeue(session, trial._trial_id)

@@ -11,6 +11,9 @@ from tuner.samplers import ClassAware, Natural
 
 Precision = Literal["float32", "bfloat16"]
 
+LAST = 0.999
+"""A share of training that every last epoch has passed, or nearly so."""
+
 TRAININGS: Registry[Any] = Registry("training")
 
 
@@ -68,7 +71,9 @@ class TwoStage(TrainingBase):
     def samplers(self, sampler: Any) -> tuple[Any, ...]:
         """Natural and balanced sampler components, in the order of the stages."""
         natural = Natural()
-        balanced = ClassAware(exponent=1.0) if sampler.canonical() == natural else sampler
+        stage = (self.switch, LAST) if self.order == "natural_first" else (0.0, self.switch / 2)
+        idle = all(sampler.is_natural(progress) for progress in stage)
+        balanced = ClassAware(exponent=1.0) if idle else sampler
         stages = (natural, balanced)
         return stages if self.order == "natural_first" else stages[::-1]
 

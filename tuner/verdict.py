@@ -9,7 +9,7 @@ import torch
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
-from tuner import artifacts, checkpoint
+from tuner import artifacts
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
 from tuner.lane import Lane
@@ -37,14 +37,17 @@ def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) 
     """
     number = trial.user_attrs.get("duplicate_of", trial.number)
     recipe = stored_recipe(trial)
-    path = session.trial_folder(number) / artifacts.WEIGHTS
-    if path.exists():
+    folder = session.trial_folder(number)
+    identity = {**session.identity(), "digest": recipe.digest()}
+    weights = artifacts.load_weights(folder, identity)
+    if weights is not None:
         lane = Lane(recipe, data, device)
-        tensors, _ = checkpoint.load(path)
-        lane.model.load_state_dict(tensors)
+        lane.model.load_state_dict(weights)
         return lane
     log.warning("trial %d has no stored weights; training it again", trial.number)
-    return train(recipe, data, device)
+    lane = train(recipe, data, device)
+    artifacts.save_weights(folder, lane.model, identity)
+    return lane
 
 
 def train(recipe: Recipe, data: Data, device: str) -> Lane:

@@ -75,8 +75,7 @@ def work(
         TunerError: Three trials in a row failed with an error in the code.
     """
     check_data(session, data)
-    for number in requeue_orphans(session):
-        log.warning("trial %d lost its worker; it goes on from its last checkpoint", number)
+    _put_orphans_back(session, url)
     # More threads make these small models slower, up to 50-fold when processes share cores.
     torch.set_num_threads(1)
     ended, code_errors = 0, 0
@@ -86,7 +85,7 @@ def work(
             break
         outcome = run(session, trial, data, device=device, stop=stop, on_epoch=on_epoch)
         on_trial(outcome)
-        ended += outcome.state != "interrupted"
+        ended += outcome.state not in ("interrupted", "lost")
         code_errors = code_errors + 1 if outcome.reason == "code_error" else 0
         if code_errors == MAX_CODE_ERRORS:
             raise TunerError(f"three trials in a row failed; the last one with:\n{outcome.detail}")
@@ -106,10 +105,20 @@ def next_ticket(session: Session, url: str, stop: Callable[[], bool]) -> Trial |
             filled = fill_queue(session)
         if filled:
             continue
+        if _put_orphans_back(session, url):
+            continue
         others = session.trials(TrialState.RUNNING)
         if session.file.search.strategy == "plain" or not others or stop():
             return None
         time.sleep(WAIT_SECONDS)
+
+
+def _put_orphans_back(session: Session, url: str) -> list[int]:
+    with exclusive(url):
+        numbers = requeue_orphans(session)
+    for number in numbers:
+        log.warning("trial %d lost its worker; it goes on from its last checkpoint", number)
+    return numbers
 
 
 def progress(session: Session) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tuner.datasets import Data
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
 from tuner.session import Session
+from tuner.storage import masked
 from tuner.trainer import EpochResult
 from tuner.verdict import COMPARED, decide
 
@@ -26,38 +29,56 @@ LABELS = {
     "balanced_accuracy": "balanced",
 }
 
+LEVEL = 0.05
+
 log = logging.getLogger(__name__)
 
 
-def finish(session: Session, data: Data, device: str, folder: Path) -> None:
-    """Judge the best recipe, write report and recipe into ``folder``, print the table."""
+def finish(
+    session: Session, data: Data, device: str, folder: Path, options: Mapping[str, object]
+) -> None:
+    """Judge the best recipe, write report and recipe into ``folder``, print the table.
+
+    ``options`` are those that said where things are: the next commands repeat them.
+    """
     from tuner.report import write_report
 
-    verdict = decide(session, data, device=device)
-    if verdict is None:
-        print("no trial is complete, so there is nothing to compare; see: tuner trials")
+    if session.best() is None:
+        print(f"no trial is complete; why they ended: tuner trials {session.file.name}")
         return
+    verdict = decide(session, data, device=device)
     report = folder / "report.html"
     folder.mkdir(parents=True, exist_ok=True)
     files = export(session, data, folder / "best", device=device)
     write_report(session, report)
     console = Console()
-    console.print(verdict_table(verdict))
-    for line in conclusions(session, verdict):
-        console.print(escape(line), soft_wrap=True)
+    if verdict is None:
+        console.print("plain cross-entropy has no complete trial, so there is nothing to compare")
+    else:
+        console.print(verdict_table(verdict))
+        for line in conclusions(session, verdict):
+            console.print(escape(line), soft_wrap=True)
     console.print(
         f"\nreport  {escape(str(report))}\nrecipe  {escape(str(files[0]))}", soft_wrap=True
     )
-    name = session.file.name
+    steps = [
+        command("trials", session.file.name, {k: options[k] for k in ("storage", "artifacts")}),
+        command("train", str(files[0]), {"data": options["data"]}),
+        command("dashboard", "", {k: options[k] for k in ("storage", "artifacts")}),
+    ]
     console.print(
-        "\nnext:\n"
-        f"  tuner trials {name}\n"
-        f"  tuner train {files[0]}\n"
-        f"  tuner dashboard\n"
-        f'  python -c "import tuner; print(tuner.load_recipe({str(files[0])!r}).recipe.loss)"',
-        markup=False,
-        soft_wrap=True,
+        "\nnext:", *(f"  {step}" for step in steps), sep="\n", markup=False, soft_wrap=True
     )
+
+
+def command(name: str, argument: str, options: Mapping[str, object]) -> str:
+    """A command to type, with the options that were given; a password stays hidden."""
+    words = ["tuner", name, *([shlex.quote(argument)] if argument else [])]
+    for key, value in options.items():
+        if value is not None:
+            text = masked(str(value)) if key == "storage" else str(value)
+            words += [f"--{key}", shlex.quote(text)]
+    return " ".join(words)
 
 
 def verdict_table(verdict: dict[str, Any]) -> Table:
@@ -85,33 +106,45 @@ def points(difference: dict[str, float] | None) -> str:
 
 def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
     """What the table allows to say, and what it does not."""
-    lines = []
-    found = verdict["differences"].get(session.file.objective.metric)
-    if found is None:
-        found = verdict["differences"].get("balanced_accuracy")
-    if verdict["best"] == verdict["baseline"]:
-        lines.append("Nothing that was tried is better than plain cross-entropy.")
-    elif found is not None:
-        label = LABELS.get(session.file.objective.metric, "balanced")
-        sure = found["low"] > 0 or found["high"] < 0
+    metric = session.file.objective.metric
+    lines = [_difference(metric, verdict), _free_gain(verdict)]
+    if verdict["part"] == "validation":
         lines.append(
-            f"The recipes differ in {label} accuracy by {points(found)} points."
-            if sure
-            else f"These images do not show a difference in {label} accuracy."
+            "There is no test part: these are the images the search chose by, so expect less on "
+            "new ones. Set data.test_fraction to know."
         )
-    free = verdict["rows"][2]
-    lines.append(
-        f"Adjusting the logits of plain cross-entropy after training (tau = {free['tau']:.2f}), "
-        f"which costs nothing, gives tail {percent(free['metrics']['tail_accuracy'])} and overall "
-        f"{percent(free['metrics']['accuracy'])}."
-    )
-    seen, now = verdict["validation_value"], verdict["test_value"]
-    if seen is not None and now is not None and verdict["part"] == "test":
+    elif verdict["validation_value"] is not None and verdict["test_value"] is not None:
+        seen, now = (amount(metric, verdict[k]) for k in ("validation_value", "test_value"))
         lines.append(
-            f"The search saw {percent(seen)} on validation and picked it for being high; "
-            f"unseen images give {percent(now)}."
+            f"Objective {metric}: {seen} on validation, where it was picked for being the best; "
+            f"{now} on unseen images."
         )
     return lines
+
+
+def _difference(metric: str, verdict: dict[str, Any]) -> str:
+    if verdict["best"] == verdict["baseline"]:
+        return "No training that was tried is better than plain cross-entropy's."
+    shown = metric if metric in verdict["differences"] else "balanced_accuracy"
+    found = verdict["differences"][shown]
+    sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
+    if not sure:
+        return f"These images do not show a difference in {LABELS[shown]} accuracy."
+    return f"The recipes differ in {LABELS[shown]} accuracy by {points(found)} points."
+
+
+def _free_gain(verdict: dict[str, Any]) -> str:
+    row = verdict["rows"][2]
+    tail, overall = (percent(row["metrics"][m]) for m in ("tail_accuracy", "accuracy"))
+    return (
+        f"Adjusting the logits of plain cross-entropy after training (tau = {row['tau']:.2f}), "
+        f"which costs nothing, gives tail {tail} and overall {overall}."
+    )
+
+
+def amount(metric: str, value: float) -> str:
+    """A metric's value as people read it: shares in percent, the likelihood as it is."""
+    return f"{value:.3f}" if metric == "nll" else f"{percent(value)} %"
 
 
 def retrained(

@@ -60,7 +60,8 @@ def run(
     if _work(session, storage, loaded, where):
         log.warning("stopped; the same command again goes on where this stopped")
         return
-    finish(session, loaded, where, (output or Path("runs")) / session.file.name)
+    options = {"storage": storage, "data": data, "artifacts": artifacts}
+    finish(session, loaded, where, (output or Path("runs")) / session.file.name, options)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import artifacts
@@ -16,9 +18,9 @@ from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.evaluation import Assessment, assess_validation, extras
 from tuner.losses import LOSSES
-from tuner.pruning import Curve, is_at_chance, is_behind
+from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
 from tuner.recipe import Recipe
-from tuner.rungs.recipes import equivalent, resolve
+from tuner.rungs.recipes import equivalent, kept_trials, resolve
 from tuner.seeding import derive_seed
 from tuner.session import Session
 from tuner.tickets import requeue
@@ -26,7 +28,9 @@ from tuner.trainer import EpochResult, epochs
 
 CHECKPOINT_SECONDS = 10.0
 
-State = Literal["complete", "duplicate", "pruned", "failed", "interrupted"]
+log = logging.getLogger(__name__)
+
+State = Literal["complete", "duplicate", "pruned", "failed", "interrupted", "lost"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ def run(
     training = _Training(session, trial, data, recipe, device)
     try:
         return training.run(stop, on_epoch)
+    except UpdateFinishedTrialError:
+        log.warning("trial %d was ended by another worker; its result stands", trial.number)
+        return Outcome(trial.number, "lost")
     except NonFiniteError as error:
         return _end(session, trial, "pruned", "not_finite", str(error))
     except torch.OutOfMemoryError as error:
@@ -81,6 +88,7 @@ def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
     value = known.values[0]
     trial.report(value, step=known.user_attrs["epochs"] - 1)
     session.study.tell(trial, value)
+    artifacts.drop_checkpoint(session.trial_folder(trial.number))
     return Outcome(trial.number, "duplicate", value=value)
 
 
@@ -96,9 +104,9 @@ def _end(
     trial.set_user_attr("reason", reason)
     if detail:
         trial.set_user_attr("detail", detail[-4000:])
-    artifacts.drop_checkpoint(session.trial_folder(trial.number))
     final = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
     session.study.tell(trial, state=final)
+    artifacts.drop_checkpoint(session.trial_folder(trial.number))
     return Outcome(trial.number, state, reason, detail)
 
 
@@ -111,6 +119,7 @@ class _Training:
         self.session, self.trial, self.data = session, trial, data
         self.recipe, self.device = recipe, device
         self.folder = session.trial_folder(trial.number)
+        self.identity = session.identity()
         self.values = self._reported()
         self.seconds = float(trial.user_attrs.get("seconds", 0.0))
         self.spared = self._is_spared()
@@ -131,7 +140,8 @@ class _Training:
         on_epoch: Callable[[Trial, EpochResult, float], None],
     ) -> Outcome:
         """Train epoch by epoch until the end, a verdict, or a request to stop."""
-        resume = artifacts.load_checkpoint(self.folder)
+        expected = {**self.identity, "recipe": self.recipe.digest()}
+        resume = artifacts.load_checkpoint(self.folder, expected)
         self.trial.set_user_attr("device", self.device)
         saved = time.monotonic()
         for result in epochs(self.recipe, self.data, device=self.device, resume=resume):
@@ -153,7 +163,7 @@ class _Training:
         raise RuntimeError(f"trial {self.trial.number} was at its last epoch already")
 
     def _keep(self, result: EpochResult) -> None:
-        artifacts.save_checkpoint(self.folder, result.snapshot())
+        artifacts.save_checkpoint(self.folder, result.snapshot(), self.identity)
         self.trial.set_user_attr("seconds", self.seconds)
 
     def _report(self, result: EpochResult, assessment: Assessment) -> float:
@@ -170,26 +180,32 @@ class _Training:
         data = self.data
         images = len(data.validation.targets)
         best = max(m["balanced_accuracy"] or 0.0 for m in (assessment.raw, assessment.adjusted))
-        if is_at_chance(best, data.num_classes, images, result.progress):
-            return None if self.trial.user_attrs.get("baseline") else "chance"
-        if not self._is_behind(result.epoch):
-            return None
-        if self.spared:
-            if "would_prune_at" not in self.trial.user_attrs:
+        reason = None
+        if is_at_chance(best, data.num_classes, images, result.progress) and not self._unsettled(
+            result.progress
+        ):
+            reason = "chance"
+        elif self._is_behind(result.epoch):
+            reason = "behind"
+        if reason and self.spared:
+            if self.trial.user_attrs.get("would_prune_at") is None:
                 self.trial.set_user_attr("would_prune_at", result.epoch)
             return None
-        return "behind"
+        return reason
+
+    def _unsettled(self, progress: float) -> bool:
+        """Whether a stage or a deferred part has only just begun."""
+        return 0 <= progress - self.recipe.settled() < MARGIN
 
     def _is_behind(self, epoch: int) -> bool:
         search, objective = self.session.file.search, self.session.file.objective
         progress = (epoch + 1) / self.recipe.epochs
         if progress < max(search.prune_after, self.recipe.settled()):
             return False
-        if objective.metric in ("nll", "ece", "classwise_ece"):
+        counts = self.data.validation.targets.bincount(minlength=self.data.num_classes).cpu()
+        images = effective_images(objective.metric, counts, self.data.groups)
+        if images is None or any(e not in self.values for e in range(epoch + 1)):
             return False
-        counts = self.data.validation.targets.bincount(minlength=self.data.num_classes)
-        group = getattr(self.data.groups, objective.metric.removesuffix("_accuracy"), None)
-        images = int(counts.sum() if group is None else counts[list(group)].sum())
         own = Curve(
             loss=LOSSES.name_of(self.recipe.loss),
             values=tuple(self.values[e] for e in range(epoch + 1)),
@@ -200,7 +216,8 @@ class _Training:
         return is_behind(own, self._peers(), images=images, after=search.prune_after)
 
     def _peers(self) -> list[Curve]:
-        peers = self.session.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        """Curves of the trials that ended, but for copies and those that break the floor."""
+        peers = self.session.trials(TrialState.COMPLETE, TrialState.PRUNED)
         return [
             Curve(
                 loss=peer.user_attrs["loss"],
@@ -210,9 +227,9 @@ class _Training:
                 complete=peer.state == TrialState.COMPLETE,
             )
             for peer in peers
-            if peer.number != self.trial.number
-            and "settled" in peer.user_attrs
+            if "metrics" in peer.user_attrs
             and "duplicate_of" not in peer.user_attrs
+            and self.session.keeps_floor(peer)
         ]
 
     def _prune(self, reason: str, assessment: Assessment) -> Outcome:
@@ -243,12 +260,10 @@ class _Training:
 
     def _keep_weights(self, result: EpochResult) -> None:
         """Keep the weights of the best trial so far and of the baseline, no others."""
-        best, baseline = self.session.best(), self.session.baseline()
-        keep = {trial.number for trial in (best, baseline) if trial is not None}
-        if self.trial.number in keep:
-            meta = {"digest": self.recipe.digest()}
+        if self.trial.number in kept_trials(self.session):
+            meta = {**self.identity, "digest": self.recipe.digest()}
             artifacts.save_weights(self.folder, result.lane.model, meta)
-            artifacts.keep_weights_only_of(self.session.folder, keep)
+            artifacts.keep_weights_only_of(self.session.folder, kept_trials(self.session))
 
 
 def _metrics(assessment: Assessment) -> dict[str, Any]:

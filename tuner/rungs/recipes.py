@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,13 +38,32 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
             "epochs": recipe.epochs,
             "settled": recipe.settled(),
         }
-        warning = correction_warning(facts["kappa"])
+        warning = " ".join(_warnings(recipe, facts["kappa"]))
         if warning:
             log.info("trial %d: %s", trial.number, warning)
             facts["warning"] = warning
+        stale = ("reason", "detail", "would_prune_at")
+        facts |= {key: None for key in stale if trial.user_attrs.get(key) is not None}
         for key, value in facts.items():
             trial.set_user_attr(key, value)
     return recipe
+
+
+def _warnings(recipe: Recipe, kappa: float) -> Iterator[str]:
+    warning = correction_warning(kappa)
+    if warning:
+        yield warning
+    if recipe.settled() * recipe.epochs > recipe.epochs - 1:
+        yield (
+            f"a part that starts at {recipe.settled():.0%} of the training never acts in "
+            f"{recipe.epochs} epochs"
+        )
+
+
+def kept_trials(session: Session) -> set[int]:
+    """Numbers of the trials whose weights are kept: those the best and the baseline are from."""
+    wanted = (session.best(), session.baseline())
+    return {t.user_attrs.get("duplicate_of", t.number) for t in wanted if t is not None}
 
 
 def plain(recipe: Recipe) -> Recipe:

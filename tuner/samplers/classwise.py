@@ -78,8 +78,8 @@ class ClassAware(SamplerComponent):
         return normalized(weights, class_counts)
 
     def is_natural(self, progress: float) -> bool:
-        """Before ``start``."""
-        return progress < self.start
+        """Before ``start``, and always where nothing is changed."""
+        return progress < self.start or self.canonical() == Natural()
 
     def num_draws(self, class_counts: Tensor, progress: float, groups: Groups | None = None) -> int:
         """N, or with "keep_head" n / p of the largest class, n after ``head_cap``."""
@@ -140,8 +140,8 @@ class EffectiveNumber(SamplerComponent):
         return normalized(class_counts / numbers, class_counts)
 
     def is_natural(self, progress: float) -> bool:
-        """Before ``start``."""
-        return progress < self.start
+        """Before ``start``, and always if β = 0."""
+        return progress < self.start or self.beta == 0
 
     def canonical(self) -> SamplerComponent:
         """``natural`` if β = 0."""

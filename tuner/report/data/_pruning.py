@@ -104,8 +104,8 @@ def _seconds_saved(trial: FrozenTrial, row: Training) -> float | None:
 def _control(session: Session, pruned: Sequence[FrozenTrial]) -> Control:
     metric = session.file.objective.metric
     complete = [t for t in session.trials() if state_of(t) == "complete"]
-    flagged = [t for t in complete if "would_prune_at" in t.user_attrs]
-    others = [t for t in complete if "would_prune_at" not in t.user_attrs]
+    flagged = [t for t in complete if t.user_attrs.get("would_prune_at") is not None]
+    others = [t for t in complete if t.user_attrs.get("would_prune_at") is None]
     ends, given_up = _values(flagged), _values(pruned)
     best = _best(metric, given_up)
     return Control(
