@@ -154,13 +154,13 @@ def test_defaults_move_into_the_range_when_it_leaves_them_out() -> None:
         "[optimizer.sgd]\nlr = {low = 0.3, high = 0.5}\n"
         "momentum = {low = 0.0, high = 0.8, step = 0.2}\n"
         "[schedule.step]\nmilestones = [[0.5], [0.8, 0.9]]\n[loss.cross_entropy]\n"
-        "[loss.class_balanced]\neffective_samples = {low = 10, high = 1000, log = true}"
+        "[loss.weighted_cross_entropy]\nmax_weight = {low = 10, high = 1000, log = true}"
     )
-    params = space.defaults(loss="class_balanced")
+    params = space.defaults(loss="weighted_cross_entropy")
     assert params["optimizer.sgd.lr"] == 0.3
     assert params["optimizer.sgd.momentum"] == 0.8
     assert params["schedule.step.milestones"] == "[0.8, 0.9]"
-    assert params["loss.class_balanced.effective_samples"] == pytest.approx(100)
+    assert params["loss.weighted_cross_entropy.max_weight"] == pytest.approx(100)
     assert space.suggest(FixedTrial(params)).schedule == Step(milestones=(0.8, 0.9))
 
 
