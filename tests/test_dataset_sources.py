@@ -89,6 +89,40 @@ def test_folders_beside_the_parts_are_named(tmp_path: Path) -> None:
     assert warning == f"{tmp_path}: folders that are no part and were passed over: unsorted"
 
 
+def test_images_in_a_format_that_is_not_read_are_counted_with_an_example(tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test", "unsorted")):
+        photos(tmp_path / part, {"cat": 5, "dog": 5}, first=100 * number)
+    for name in ("train/cat/b.svg", "train/cat/a.HEIC", "test/dog/c.avif", "train/dog/notes.txt"):
+        (tmp_path / name).touch()
+    first, second = folder(tmp_path).build().warnings
+    assert first == (
+        f"3 files were passed over, for example {tmp_path}/train/cat/a.HEIC: .heic is not read"
+    )
+    assert "unsorted" in second
+
+
+def test_a_single_file_that_is_not_read_is_named(tmp_path: Path) -> None:
+    photos(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "cat" / "deep").mkdir()
+    (tmp_path / "cat" / "deep" / "a.jp2").touch()
+    assert folder(tmp_path).build().warnings[0] == (
+        f"1 file was passed over, for example {tmp_path}/cat/deep/a.jp2: .jp2 is not read"
+    )
+
+
+def test_gif_files_give_their_first_frame_in_colour(tmp_path: Path) -> None:
+    from PIL import Image
+
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    for name in ("cat", "dog"):
+        photos(tmp_path, {name: 4})
+        file = tmp_path / name / "a.gif"
+        frames[0].save(file, save_all=True, append_images=frames[1:])
+    data = folder(tmp_path, test_fraction=0).build()
+    red = np.array([250, 0, 0], np.uint8).repeat(64).tobytes()
+    assert (pixels(data.train) + pixels(data.validation)).count(red) == 2
+
+
 def test_data_without_an_image_to_validate_with_are_refused(tmp_path: Path) -> None:
     photos(tmp_path, {"cat": 1, "dog": 1})
     with pytest.raises(DataError, match="spare one to validate"):
@@ -203,3 +237,4 @@ def test_missing_data_offline_say_where_they_belong(
     with pytest.raises(DataError, match=r"cannot be downloaded.*--data") as error:
         dataset(name).build(tmp_path)
     assert str(tmp_path) in str(error.value)
+    assert 'name = "image_folder"' in str(error.value)

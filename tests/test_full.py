@@ -45,6 +45,10 @@ def test_complete_trial_holds_recipe_metrics_adjustment_and_a_value_per_epoch(
     assert trial.user_attrs["recipe"]["loss"] == {"name": "cross_entropy"}
     assert trial.user_attrs["kappa"] == 0
     assert {"tau", "extras", "seconds", "digest", "settled"} <= set(trial.user_attrs)
+    assert "every image is drawn once" in trial.user_attrs["sampling"]
+    low, high = trial.user_attrs["intervals"]["adjusted"]["tail_accuracy"]
+    assert low <= trial.value <= high
+    assert len(trial.user_attrs["recall_per_class"]) == 10
 
 
 def test_metrics_can_be_recomputed_from_the_stored_logits(
@@ -210,7 +214,10 @@ def test_floor_is_set_as_a_constraint_of_the_trial(make_session: MakeSession, di
         - other.user_attrs["metrics"]["adjusted"]["accuracy"]
         - 0.05
     )
-    assert baseline.constraints == {}
+    own = baseline.user_attrs["metrics"]
+    drop = own["raw"]["accuracy"] - own["adjusted"]["accuracy"] - 0.05
+    assert session.keeps_floor(baseline) == (drop <= 0)
+    assert set(baseline.constraints) == {"floor"}, "the Gaussian process wants it of all trials"
     assert other.constraints == {"floor": pytest.approx(expected)}
 
 

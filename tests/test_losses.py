@@ -356,6 +356,45 @@ def test_misfit_arguments_are_refused() -> None:
 # Numerics
 
 
+@every_component
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([3.0, -2.0, 1.0], "class 1 has -2"),
+        ([3.0, 1.0, float("nan")], "class 2 has nan"),
+        ([float("inf"), 1.0, 1.0], "class 0 has inf"),
+        ([0.0, 0.0, 0.0], "all are 0"),
+    ],
+)
+def test_impossible_class_counts_are_refused(
+    component: LossComponent, counts: list[float], said: str
+) -> None:
+    with pytest.raises(ValueError, match=f"class_counts must be .*{said}"):
+        component.build(torch.tensor(counts))
+
+
+def test_impossible_class_counts_are_refused_before_weights_are_capped() -> None:
+    with pytest.raises(ValueError, match="all are 0"):
+        losses.WeightedCrossEntropy(max_weight=3.0).build(torch.zeros(3))
+
+
+@every_component
+@pytest.mark.parametrize("classes", [NUM_CLASSES - 1, NUM_CLASSES + 1])
+def test_logits_of_another_number_of_classes_are_refused(
+    component: LossComponent, classes: int
+) -> None:
+    loss, logits, targets = component.build(COUNTS), torch.ones(2, classes), torch.tensor([0, 1])
+    logits[:, -1] += 1
+    for compute in (loss, loss.per_sample):
+        with pytest.raises(ValueError, match=f"logits have {classes} classes, class_counts 5"):
+            compute(logits, targets)
+
+
+def test_logits_that_are_no_matrix_are_refused_with_their_shape() -> None:
+    with pytest.raises(ValueError, match=r"logits must be \(N, 5\), not \(5,\)"):
+        losses.CrossEntropy().build(COUNTS)(torch.zeros(5), torch.tensor([0]))
+
+
 def test_confident_sigmoid_loss_does_not_cancel_in_float32() -> None:
     logits = torch.tensor([[1000.0, -3.0, -4.0, -5.0, -6.0]])
     loss = losses.SigmoidFocalLoss(COUNTS, gamma=0.0)

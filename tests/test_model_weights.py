@@ -154,8 +154,32 @@ def test_files_that_hold_no_plain_weights_are_refused(tmp_path: Path, content: A
         build("torchvision", weights_file=str(file))
 
 
-def test_broken_file_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "broken.safetensors"
-    file.write_bytes(b"not weights at all")
-    with pytest.raises(TunerError, match=r"broken\.safetensors: cannot be read as weights"):
+@pytest.mark.filterwarnings("ignore:.*torch.(jit|load)")
+@pytest.mark.parametrize("kind", ["pickle", "script", "junk", "empty", "safetensors"])
+def test_unusable_file_is_refused_in_one_line_with_the_way_out(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / ("odd.safetensors" if kind == "safetensors" else "odd.pth")
+    if kind == "pickle":
+        torch.save({"model": Payload()}, file)
+    elif kind == "script":
+        script: Any = torch.jit
+        script.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(file))
+    else:
+        file.write_bytes(b"" if kind == "empty" else b"not weights at all")
+    with pytest.raises(TunerError) as error:
         build("torchvision", weights_file=str(file))
+    assert str(error.value) == (
+        f"{file} holds more than plain weights, or cannot be read; "
+        "save model.state_dict() with torch.save, or use safetensors"
+    )
+
+
+def test_file_that_the_system_withholds_is_refused_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def withheld(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = save(foreign(), tmp_path / "w.pth")
+    monkeypatch.setattr(torch, "load", withheld)
+    with pytest.raises(TunerError, match=r"w\.pth: cannot be read \(Permission denied\)"):
+        build("torchvision", weights_file=file)

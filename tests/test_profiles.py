@@ -153,7 +153,7 @@ def test_an_unknown_profile_suggests_the_known_one() -> None:
 
 @pytest.mark.parametrize("name", ["smote", "SMOTE", "borderline_smote"])
 def test_smote_of_pixels_is_refused_with_the_reason(name: str) -> None:
-    with pytest.raises(UnknownNameError, match=r"ghost images.*class_aware sampler"):
+    with pytest.raises(UnknownNameError, match=r"ghost image.*class_aware sampler"):
         digits({"name": name})
-    with pytest.raises(UnknownNameError, match="ghost images"):
+    with pytest.raises(UnknownNameError, match="ghost image"):
         DATASETS[name]

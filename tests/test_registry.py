@@ -155,4 +155,10 @@ def test_values_are_shown_as_the_file_has_them(value: object, text: str) -> None
 
 
 def test_smote_is_refused_with_a_reason_everywhere() -> None:
-    assert "ghost images" in unknown_name("sampler", "SMOTE", ["natural"])
+    assert "ghost image" in unknown_name("sampler", "SMOTE", ["natural"])
+
+
+def test_smote_refusal_says_what_mixup_does_otherwise() -> None:
+    text = unknown_name("sampler", "SMOTE", ["natural"])
+    assert "one hard label" in text
+    assert "mixup mixes the labels with the pixels" in text

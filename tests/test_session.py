@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 from conftest import MakeFile, MakeSession
+from image_folders import photos
 from optuna.trial import TrialState
 
 from tuner import session as sessions
@@ -79,6 +80,35 @@ def test_model_that_cannot_be_built_is_refused_before_any_training(
     space = {"model": {"torchvision": {"architecture": ["resnet18", "resnet81"]}}}
     with pytest.raises(TunerError, match="resnet81.*did you mean"):
         make_session(space=space, model=None)
+
+
+def test_broken_test_image_is_found_before_any_training(
+    make_file: MakeFile, sqlite: str, tmp_path: Path
+) -> None:
+    photos(tmp_path / "photos/train", {"many": 30, "some": 20, "rare": 8})
+    photos(tmp_path / "photos/test", {"many": 3, "some": 3, "rare": 3}, first=1000)
+    (tmp_path / "photos/test/rare/001.png").write_text("no image")
+    file = make_file(data={"name": "image_folder", "root": "photos", "image_size": 8})
+    data = file.data.build(tmp_path)
+    with pytest.raises(DataError, match=r"test/rare/001\.png"):
+        sessions.create(file, sqlite, tmp_path / "artifacts", data)
+
+
+def test_studies_of_one_name_in_two_storages_keep_their_artifacts_apart(
+    make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    folders = {
+        sessions.create(make_file(), f"sqlite:///{tmp_path}/{name}.db", tmp_path, digits).folder
+        for name in "ab"
+    }
+    assert len(folders) == 2
+    assert sessions.join("tiny", f"sqlite:///{tmp_path}/a.db", tmp_path).folder in folders
+
+
+def test_small_validation_part_says_what_it_cannot_tell(make_session: MakeSession) -> None:
+    warnings = " ".join(make_session().study.user_attrs["warnings"])
+    assert "fewer than 10 validation images" in warnings
+    assert "standard error" in warnings
 
 
 def test_unknown_study_names_the_ones_there_are(
@@ -333,6 +363,15 @@ def test_progressive_ladder_climbs_while_the_tail_is_below_the_gate(
     best = session.best()
     assert best is not None
     assert best.number == 4, "the best rung is returned, not the last"
+
+
+def test_progressive_ladder_says_where_it_stands(make_session: MakeSession) -> None:
+    assert tickets.ladder_state(make_session()) is None
+    session = make_session(**PROGRESSIVE | {"name": "ladder"})
+    for _ in range(3):
+        finish(session, tail=0.7)
+    said = tickets.ladder_state(session)
+    assert said == "rung 1 of 4 (cross_entropy), gate 0.60 reached"
 
 
 def test_progressive_ladder_goes_on_with_a_larger_budget(make_session: MakeSession) -> None:

@@ -371,7 +371,7 @@ def test_study_file_with_smote_says_why_not_and_what_instead(
     tmp_path: Path, sections: dict[str, str]
 ) -> None:
     text = complaint(tmp_path, **sections)
-    assert "ghost images" in text
+    assert "ghost image" in text
     assert "class_aware" in text
 
 

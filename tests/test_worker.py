@@ -188,6 +188,19 @@ def test_two_workers_share_one_budget(
     assert len(names) <= 2
 
 
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "gp"])
+def test_every_algorithm_proposes_past_its_random_start(
+    algorithm: str, make_session: MakeSession, digits: Data, sqlite: str
+) -> None:
+    session = make_session(
+        budget={"trials": 13, "epochs": 3},
+        search={"algorithm": algorithm, "prune_after": 0.4, "control": 0.0},
+    )
+    assert work(session, sqlite, digits) == 13
+    states = {t.state for t in session.trials()}
+    assert states <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
 def test_three_errors_in_a_row_stop_the_worker_with_the_traceback(
     make_session: MakeSession, digits: Data, sqlite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from tuner.datasets import Data
+from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
 from tuner.session import Session
 
@@ -71,13 +72,10 @@ def _results(session: Session, metrics: dict[str, Any]) -> str:
     verdict = metrics["verdict"]
     kind = "adjusted" if session.file.objective.adjusted else "raw"
     if verdict is None:
-        rows = [
-            f"| {label} | {_percent(metrics['validation'][kind][name])} |"
-            for name, label in SHOWN.items()
-        ]
-        return "\n".join(
-            ["## Results on validation", "", "| accuracy | value |", "|---|---|", *rows]
-        )
+        row = {"metrics": metrics["validation"][kind], "intervals": metrics["intervals"][kind]}
+        rows = [f"| {label} | {_with_interval(row, name)} |" for name, label in SHOWN.items()]
+        title = "## Results on validation, with 95 % intervals"
+        return "\n".join([title, "", "| accuracy | value |", "|---|---|", *rows])
     plain, best = verdict["rows"][:2]
     rows = [
         f"| {label} | {_with_interval(plain, name)} | {_with_interval(best, name)} |"
@@ -120,8 +118,9 @@ classes, in the order of the logits, stand in `recipe.toml` under `[result]`."""
 
 def _limits(session: Session, data: Data) -> str:
     lines = [
-        "One training with one seed; seeds of such models differ by about a point.",
+        "One training with one seed: how much another seed changes was not measured.",
         *data.warnings,
+        *certainty(data),
     ]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -120,7 +120,7 @@ class Range:
         else:
             value = (self.low + self.high) / 2
         if self.step is not None:
-            value = self._at(round((value - self.low) / self.step))
+            value = self._at(min(round((value - self.low) / self.step), self.size() - 1))
         return round(value) if self.whole else float(value)
 
     def grid(self) -> list[float]:

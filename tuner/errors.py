@@ -71,7 +71,8 @@ def _toml(value: object) -> str:
 
 
 SMOTE_REFUSAL = (
-    "mixing the pixels of two images makes ghost images, not new members of a class. For more "
-    "of the tail use the class_aware sampler, mixup or remix, or rebalance in feature space "
-    "by training the head alone"
+    "on pixels SMOTE makes a ghost image of two and gives it one hard label, as if it were a new "
+    "member of the class; mixup mixes the labels with the pixels, and remix leans them towards "
+    "the rarer class. For more of the tail use these or the class_aware sampler, or rebalance "
+    "in feature space by training the head alone"
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tuner.datasets import Data
 from tuner.imbalance import Groups, log_priors
-from tuner.metrics import METRICS, evaluate
+from tuner.metrics import METRICS, confusion_matrix, evaluate, recall_per_class
 from tuner.posthoc import (
     TAU_GRID,
     adjust_logits,
@@ -17,10 +17,13 @@ from tuner.posthoc import (
     cross_fitted_tau_norm,
     fit_temperature,
 )
+from tuner.pruning import effective_images
 from tuner.recipe import Recipe
+from tuner.statistics import bootstrap_intervals
 
 Metrics = dict[str, float | None]
 FOLDS = 5
+FEW, CERTAIN, SHOWN = 10, 400, 8
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Assessment:
     """Metrics of one set of logits as they are, and with τ chosen by cross-fitting.
 
     ``tau`` is fitted on all the logits: the strength to use on new images. The adjusted
-    metrics never judge an image with a τ that was chosen on it.
+    metrics, and ``adjusted_logits`` (N, C) that they are taken from, never judge an image with
+    a τ that was chosen on it.
     """
 
     raw: Metrics
     adjusted: Metrics
     tau: float
+    adjusted_logits: Tensor
 
     def value(self, metric: str, *, adjusted: bool) -> float:
         """A metric by name; NaN where it cannot be estimated."""
@@ -55,6 +60,7 @@ def assess(
         raw=evaluate(logits, targets, groups),
         adjusted=evaluate(fitted.adjusted_logits, targets, groups),
         tau=fitted.tau,
+        adjusted_logits=fitted.adjusted_logits,
     )
 
 
@@ -73,6 +79,42 @@ def assess_validation(logits: Tensor, data: Data, recipe: Recipe) -> Assessment:
     kappa = recipe.correction(data.class_counts, data.groups)
     targets = data.validation.targets.cpu()
     return assess(logits, targets, data.class_counts, data.groups, kappa)
+
+
+def intervals(logits: Tensor, assessment: Assessment, data: Data) -> dict[str, Any]:
+    """95 % intervals of the raw and the adjusted validation metrics, as [low, high] or None."""
+    targets = data.validation.targets.cpu()
+    return {
+        kind: {
+            name: None if found is None else [found.low, found.high]
+            for name, found in bootstrap_intervals(of, targets, data.groups, seed=0).items()
+        }
+        for kind, of in (("raw", logits), ("adjusted", assessment.adjusted_logits))
+    }
+
+
+def recalls(assessment: Assessment, data: Data) -> list[float | None]:
+    """Recall of each class after adjustment; None where validation has no image of it."""
+    predictions = assessment.adjusted_logits.argmax(1)
+    confusion = confusion_matrix(predictions, data.validation.targets.cpu(), data.num_classes)
+    return [None if r != r else r for r in recall_per_class(confusion).tolist()]
+
+
+def certainty(data: Data) -> list[str]:
+    """What the validation part cannot tell: classes with few images, and how sure the tail is."""
+    counts = data.validation.targets.cpu().bincount(minlength=data.num_classes)
+    few = [f"{data.class_names[c]} ({n})" for c, n in enumerate(counts.tolist()) if n < FEW]
+    tail = effective_images("tail_accuracy", counts, data.groups)
+    lines = []
+    if few:
+        shown = ", ".join(few[:SHOWN]) + (f" and {len(few) - SHOWN} more" * (len(few) > SHOWN))
+        lines.append(f"fewer than {FEW} validation images, so a class says little alone: {shown}")
+    if tail is not None and tail < CERTAIN:
+        lines.append(
+            f"the tail has {int(counts[list(data.groups.tail)].sum())} validation images: at 50 % "
+            f"its accuracy has a standard error of {50 / tail**0.5:.1f} points"
+        )
+    return lines
 
 
 def extras(

@@ -110,6 +110,8 @@ def collect_metrics(
         "trial": trial.number,
         "objective": {"metric": session.file.objective.metric, "value": trial.value},
         "validation": attrs["metrics"],
+        "intervals": attrs["intervals"],
+        "recall_per_class": attrs["recall_per_class"],
         "tau": tau,
         "class_thresholds": class_thresholds(log_priors(data.class_counts), tau).tolist(),
         "posthoc": {"fitted_tau": attrs["tau"], **attrs["extras"]},

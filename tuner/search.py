@@ -39,13 +39,16 @@ def algorithm(name: str, seed: int) -> BaseSampler:
     """The Optuna sampler behind an algorithm's name, seeded.
 
     ``tpe``: tree-structured Parzen estimator, one joint model for every group of
-    hyperparameters that occur together, with Optuna 4's bandwidth. ``gp``: Gaussian process.
+    hyperparameters that occur together, with Optuna 4's bandwidth. ``gp``: Gaussian
+    process over what all trials share; hyperparameters of single branches are drawn at random.
     ``random`` draws uniformly; it also serves ``grid``, whose points come from the queue.
     """
     if name == "tpe":
         return _tpe(seed)
     if name == "gp":
-        return GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+        return GPSampler(
+            seed=seed, n_startup_trials=STARTUP_TRIALS, warn_independent_sampling=False
+        )
     return RandomSampler(seed=seed)
 
 

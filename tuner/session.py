@@ -9,11 +9,12 @@ from typing import Any
 
 import optuna
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from tuner import __version__
 from tuner.datasets import Data
-from tuner.errors import DataError, StorageError, close_match
+from tuner.errors import DataError, StorageError, TunerError, close_match
+from tuner.evaluation import certainty
 from tuner.metrics import METRICS
 from tuner.seeding import seeded
 from tuner.storage import exclusive, masked, open_storage
@@ -101,8 +102,7 @@ def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
         StorageError: The storage holds a study of that name with another study file.
         DataError: The data are not those the study was created with.
     """
-    _check_estimable(file, data)
-    _check_models(file, data)
+    check_fit(file, data)
     storage = open_storage(url)
     with exclusive(url):
         study = optuna.create_study(
@@ -119,7 +119,7 @@ def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
             )
         _check_data(attrs, data, file.name)
         _describe(study, file, data)
-        session = Session(file, study, folder / file.name)
+        session = Session(file, study, _own_folder(folder, study))
         fill_queue(session)
     return session
 
@@ -141,7 +141,7 @@ def join(name: str, url: str, folder: Path, *, writes: bool = True) -> Session:
     import tomllib
 
     file = parse(tomllib.loads(text), text, where=f"study {name}")
-    return Session(file, study, folder / name)
+    return Session(file, study, _own_folder(folder, study))
 
 
 def check_data(session: Session, data: Data) -> None:
@@ -163,8 +163,14 @@ def _check_data(attrs: dict[str, Any], data: Data, name: str) -> None:
         )
 
 
-def _check_estimable(file: StudyFile, data: Data) -> None:
-    """Refuse an objective that the validation part cannot estimate at all."""
+def check_fit(file: StudyFile, data: Data) -> None:
+    """Refuse what cannot work with these data, before anything is trained.
+
+    Raises:
+        DataError: The validation part cannot estimate the objective at all, or a test image
+            is broken.
+        TunerError: A model of the space cannot be built for these images.
+    """
     counts = data.validation.targets.bincount(minlength=data.num_classes)
     floor = file.objective.floor
     for metric in [file.objective.metric, *([floor.metric] if floor else [])]:
@@ -174,20 +180,24 @@ def _check_estimable(file: StudyFile, data: Data) -> None:
                 f"objective {metric} cannot be estimated: no validation image is in its "
                 f"{len(classes)} classes; widen data.tail, or raise data.validation_fraction"
             )
+    _check_models(file, data)
+    # Decodes the test images once, where they are few enough to be held in memory.
+    _ = data.test
 
 
 def _check_models(file: StudyFile, data: Data) -> None:
-    """Build every model of the space once: a wrong name or file is found before any training.
-
-    Raises:
-        TunerError: A model cannot be built for these images; it says why.
-    """
-    from optuna.trial import FixedTrial
-
     for params in file.space.variants("model"):
         recipe = file.space.suggest(FixedTrial(params))
-        with seeded("check"):
-            recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
+        try:
+            with seeded("check"):
+                recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
+        except TunerError as error:
+            raise TunerError(f"study {file.name}: model: {error}") from None
+
+
+def _own_folder(root: Path, study: Study) -> Path:
+    """Folder of a study's artifacts; studies of one name in two storages have two."""
+    return root / f"{study.study_name}-{study.user_attrs['study_id'][:8]}"
 
 
 def _describe(study: Study, file: StudyFile, data: Data) -> None:
@@ -201,7 +211,7 @@ def _describe(study: Study, file: StudyFile, data: Data) -> None:
         "class_counts": data.class_counts.tolist(),
         "validation_counts": data.validation.targets.bincount(minlength=data.num_classes).tolist(),
         "groups": groups,
-        "warnings": list(data.warnings),
+        "warnings": [*data.warnings, *certainty(data)],
     }
     known = study.user_attrs
     for key, value in {"study_id": known.get("study_id", uuid.uuid4().hex), **facts}.items():

@@ -101,7 +101,8 @@ def _progressive_tickets(session: Session) -> Iterator[Ticket]:
         names = {"loss": loss, "sampler": natural if rung < 3 else "class_aware"}
         open_ = {part: name for part, name in names.items() if len(space.parts[part]) > 1}
         for position in range(budget + (rung < size)):
-            first = position == 0
+            # The baseline is the published default of the first rung already.
+            first = position == 0 and rung > 0
             params = space.defaults(**names) if first else open_
             yield params, {"rung": rung, **({"preset": loss} if first else {})}
 
@@ -111,13 +112,31 @@ def _climbs(session: Session, rung: int, size: int) -> bool:
     own = [t for t in session.trials() if t.user_attrs.get("rung") == rung]
     if len(own) < size or any(not t.state.is_finished() for t in own):
         return False
+    return _best_tail(session) < session.file.search.gate
+
+
+def _best_tail(session: Session) -> float:
     kind = "adjusted" if session.file.objective.adjusted else "raw"
     tails = [
         t.user_attrs["metrics"][kind]["tail_accuracy"] or 0.0
         for t in session.trials(TrialState.COMPLETE)
-        if session.keeps_floor(t)
+        if "metrics" in t.user_attrs and session.keeps_floor(t)
     ]
-    return max(tails, default=0.0) < session.file.search.gate
+    return max(tails, default=0.0)
+
+
+def ladder_state(session: Session) -> str | None:
+    """Where the progressive strategy stands, in words; None for another strategy."""
+    search = session.file.search
+    if search.strategy != "progressive":
+        return None
+    rungs = {t.user_attrs["rung"] for t in session.trials() if "rung" in t.user_attrs}
+    rung = max(rungs, default=0)
+    passed = "reached" if _best_tail(session) >= search.gate else "not reached"
+    return (
+        f"rung {rung + 1} of {len(PROGRESSIVE)} ({PROGRESSIVE[rung]}), "
+        f"gate {search.gate:.2f} {passed}"
+    )
 
 
 def claim(session: Session) -> Trial | None:

@@ -99,7 +99,9 @@ def _compare(
         "baseline": baseline.number,
         "counts": part.targets.bincount(minlength=data.num_classes).tolist(),
         "rows": rows,
+        "objective": objective.metric,
         "differences": _differences(chosen.argmax(1), plain.argmax(1), part, data),
+        "beyond_adjustment": _differences(chosen.argmax(1), adjusted.argmax(1), part, data),
         "validation_value": best.value,
         "test_value": rows[1]["metrics"][objective.metric],
     }

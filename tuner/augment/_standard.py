@@ -36,10 +36,10 @@ class Standard:
     ``brightness``: pixels times a factor from 1 ± brightness. ``mixup`` and ``cutmix``: α of
     Beta(α, α) for the share of the first image, 0 = off (Zhang et al. 2018, Yun et al. 2019);
     with both, each batch takes one of them with equal chance. ``remix``: mixed targets go
-    wholly to the rarer class where it is rare enough (Chou et al. 2020). ``mix_until``:
-    progress from which nothing is mixed any more. ``tail_strength``: shift, cutout and
-    brightness of images of tail classes are so many times as large; a shift or side that
-    outgrows half the image by that stays there.
+    wholly to the rarer class where it is rare enough (Chou et al. 2020); without mixup and
+    cutmix it does nothing. ``mix_until``: progress from which nothing is mixed any more.
+    ``tail_strength``: shift, cutout and brightness of images of tail classes are so many times
+    as large; a shift or side that outgrows half the image by that stays there.
     """
 
     crop_padding: Annotated[int, Field(ge=0)] = 4

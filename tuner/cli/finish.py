@@ -19,6 +19,7 @@ from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
 from tuner.session import Session
 from tuner.storage import masked
+from tuner.tickets import ladder_state
 from tuner.trainer import EpochResult
 from tuner.verdict import COMPARED, decide
 
@@ -61,6 +62,9 @@ def finish(
     console.print(
         f"\nreport  {escape(str(report))}\nrecipe  {escape(str(files[0]))}", soft_wrap=True
     )
+    ladder = ladder_state(session)
+    if ladder:
+        console.print(f"progressive strategy: {ladder}")
     steps = [
         command("trials", session.file.name, {k: options[k] for k in ("storage", "artifacts")}),
         command("train", str(files[0]), {"data": options["data"]}),
@@ -90,9 +94,11 @@ def verdict_table(verdict: dict[str, Any]) -> Table:
     for row in (plain, best):
         table.add_column(f"{row['name']}\ntrial {row['trial']}", justify="right", no_wrap=True)
     table.add_column("difference\npoints", justify="right", no_wrap=True)
-    for metric in COMPARED:
+    for metric in dict.fromkeys((*COMPARED, verdict["objective"])):
         cells = [percent(r["metrics"][metric], r["intervals"].get(metric)) for r in (plain, best)]
-        table.add_row(LABELS[metric], *cells, points(verdict["differences"].get(metric)))
+        table.add_row(
+            LABELS.get(metric, metric), *cells, points(verdict["differences"].get(metric))
+        )
     return table
 
 
@@ -124,7 +130,7 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
 
 def _difference(metric: str, verdict: dict[str, Any]) -> str:
     if verdict["best"] == verdict["baseline"]:
-        return "No training that was tried is better than plain cross-entropy's."
+        return "The best recipe is plain cross-entropy itself, with its logits adjusted."
     shown = metric if metric in verdict["differences"] else "balanced_accuracy"
     found = verdict["differences"][shown]
     sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
@@ -134,11 +140,13 @@ def _difference(metric: str, verdict: dict[str, Any]) -> str:
 
 
 def _free_gain(verdict: dict[str, Any]) -> str:
-    row = verdict["rows"][2]
+    row, differences = verdict["rows"][2], verdict["beyond_adjustment"]
     tail, overall = (percent(row["metrics"][m]) for m in ("tail_accuracy", "accuracy"))
+    more, whole = (points(differences.get(m)) for m in ("tail_accuracy", "accuracy"))
     return (
-        f"Adjusting the logits of plain cross-entropy after training (tau = {row['tau']:.2f}), "
-        f"which costs nothing, gives tail {tail} and overall {overall}."
+        f"Adjusting the logits of plain cross-entropy after training (tau = {row['tau']:.2f}) "
+        f"costs nothing and gives tail {tail}, overall {overall}; the best recipe differs from "
+        f"that by {more} points in tail and {whole} overall."
     )
 
 

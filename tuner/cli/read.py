@@ -42,10 +42,15 @@ def check(
 
     from tuner import study as files
     from tuner.cli.show import describe_data
+    from tuner.session import check_fit
 
     file = files.load(study)
     rows = file.space.rows()
-    lines = describe_data(file.data.build(data)) if load else []
+    lines = []
+    if load:
+        loaded = file.data.build(data)
+        lines = describe_data(loaded)
+        check_fit(file, loaded)
     if as_json:
         space = dict(rows)
         _print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
@@ -86,13 +91,15 @@ def status(
     for row in rows:
         counts = ", ".join(f"{row[s]} {s}" for s in _STATES if row[s])
         best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
-        print(f"{row['study']}: {counts or 'no trials'} of {row['budget']}; best {best}")
+        ladder = "" if row["ladder"] is None else f"; {row['ladder']}"
+        print(f"{row['study']}: {counts or 'no trials'} of {row['budget']}; best {best}{ladder}")
 
 
 _STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 
 def _status(session: Session) -> dict[str, Any]:
+    from tuner.tickets import ladder_state
     from tuner.worker import progress
 
     best = session.best()
@@ -100,6 +107,7 @@ def _status(session: Session) -> dict[str, Any]:
         "study": session.file.name,
         **progress(session),
         "metric": session.file.objective.metric,
+        "ladder": ladder_state(session),
         "best": None if best is None else best.number,
         "value": None if best is None else best.value,
     }
@@ -113,10 +121,9 @@ def trials(
     as_json: Json = False,
 ) -> None:
     """Every trial: how it ended and why, its metrics and its parameters."""
-    from rich.console import Console
     from rich.table import Table
 
-    from tuner.cli.show import percent
+    from tuner.cli.show import percent, wide_console
 
     session = joined(study, storage, artifacts)
     rows = [_trial_row(session, trial) for trial in session.trials()]
@@ -129,17 +136,28 @@ def trials(
     for row in rows:
         metrics = (row["metrics"] or {}).get("adjusted", {})
         shown = [percent(metrics.get(f"{m}accuracy")) for m in ("tail_", "head_", "")]
-        state = row["state"] + (f" ({row['reason'].replace('_', ' ')})" if row["reason"] else "")
         value = "" if row["value"] is None else f"{row['value']:.4f}"
         tau = "" if row["tau"] is None else f"{row['tau']:.2f}"
         loss, sampler = row["loss"] or "", row["sampler"] or ""
-        table.add_row(str(row["trial"]), state, value, loss, sampler, *shown, tau)
-    Console().print(table)
+        table.add_row(str(row["trial"]), _state(row), value, loss, sampler, *shown, tau)
+    wide_console().print(table)
+
+
+def _state(row: dict[str, Any]) -> str:
+    """How a trial stands, with what a reader has to know about it."""
+    if row["duplicate_of"] is not None:
+        return f"duplicate of {row['duplicate_of']}"
+    if row["reason"]:
+        return f"{row['state']} ({row['reason'].replace('_', ' ')})"
+    return f"{row['state']} (breaks the floor)" if row["keeps_floor"] is False else row["state"]
 
 
 def _trial_row(session: Session, trial: FrozenTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
-    keys = ("reason", "detail", "loss", "sampler", "kappa", "metrics", "tau", "duplicate_of")
+    keys = (
+        *("reason", "detail", "loss", "sampler", "kappa", "warning", "metrics", "intervals"),
+        *("recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset", "rung"),
+    )
     return {
         "trial": trial.number,
         "state": trial.state.name.lower(),

@@ -36,8 +36,11 @@ def create(
     artifacts: Artifacts = None,
 ) -> None:
     """Create the study in the storage and fill its queue."""
+    from tuner.worker import progress
+
     session, _ = _created(study, storage, data, artifacts)
-    print(f"study {session.file.name}: {session.file.trials()} trials in the queue")
+    counts = progress(session)
+    print(f"study {session.file.name}: {counts['waiting']} of {counts['budget']} trials to do")
 
 
 @app.command()
@@ -75,7 +78,8 @@ def worker(
     """Work on a study that was created before, until its budget is spent."""
     session = joined(study, storage, artifacts, writes=True)
     loaded = session.file.data.build(data)
-    _work(session, storage, loaded, chosen_device(device))
+    stopped = _work(session, storage, loaded, chosen_device(device))
+    log.info("study %s: %s", session.file.name, "stopped" if stopped else "the budget is spent")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tuner.datasets import Data
+from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
 from tuner.rungs.full import Outcome
 from tuner.session import Session
@@ -29,7 +30,7 @@ def describe_data(data: Data) -> list[str]:
         f"data {data.name}: {data.num_classes} classes ({sizes}), {int(counts.sum())} training "
         f"and {len(data.validation)} validation images, {int(counts.min())} to "
         f"{int(counts.max())} per class in training, imbalance ratio {imbalance_ratio(counts):.1f}",
-        *(f"note: {warning}" for warning in data.warnings),
+        *(f"note: {warning}" for warning in (*data.warnings, *certainty(data))),
     ]
 
 
@@ -113,3 +114,9 @@ def percent(value: float | None, interval: Any = None) -> str:
     return (
         text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
     )
+
+
+def wide_console() -> Console:
+    """A console for wide tables: what is no terminal does not cut them to 80 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 140))

@@ -39,7 +39,8 @@ def fetch(
             return load(True)
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{name} is not in {folder} and cannot be downloaded ({_line(error)}); {way_out}"
+            f"{name} is not in {folder} and cannot be downloaded ({_line(error)}); {way_out}. "
+            'A folder of class folders works instead of it, with name = "image_folder" in [data]'
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,21 @@ from tuner.datasets._sources import FolderSource, Sources
 from tuner.errors import DataError
 from tuner.registry import component
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREAD_SUFFIXES = (
+    ".avif",
+    ".dng",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".psd",
+    ".svg",
+    ".tga",
+)
+"""Of image files that are passed over, which the user should hear of."""
+
 PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}
 
 ImageSize = Annotated[int, Field(ge=4, le=2048)]
@@ -25,10 +39,14 @@ ImageSize = Annotated[int, Field(ge=4, le=2048)]
 
 @dataclass(frozen=True)
 class _Folder:
-    """The classes of one folder: image paths relative to it, by class name."""
+    """The classes of one folder: image paths relative to it, by class name.
+
+    ``unread`` are the paths of images in formats that are not read.
+    """
 
     root: Path
     classes: Mapping[str, list[str]]
+    unread: tuple[str, ...] = ()
 
     def source(self, class_names: tuple[str, ...], size: int, channels: int) -> FolderSource:
         """Samples in the order of their paths, with classes numbered by ``class_names``."""
@@ -49,7 +67,8 @@ class _Folder:
 def scan(root: Path) -> _Folder:
     """Find the class folders of ``root`` and the images in them, at any depth.
 
-    Files that are no images and names that begin with a dot are passed over.
+    Files that are no images and names that begin with a dot are passed over; images in a
+    format that is not read are noted.
 
     Raises:
         DataError: The folder is missing, has no class folders, or one of them has no image.
@@ -65,8 +84,11 @@ def scan(root: Path) -> _Folder:
             f"{root}: it has no class folders; put the images of each class in a folder of "
             "their own, named after the class"
         )
-    classes = {name: sorted(_image_paths(root, name)) for name in folders}
-    return _checked(root, classes)
+    files = {name: sorted(_files(root, name)) for name in folders}
+    classes = {name: [path for path in paths if _is_image(path)] for name, paths in files.items()}
+    others = (path for paths in files.values() for path in paths)
+    unread = tuple(path for path in others if path.lower().endswith(UNREAD_SUFFIXES))
+    return replace(_checked(root, classes), unread=unread)
 
 
 def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Sources:
@@ -83,8 +105,21 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         )
     sources = {part: folder.source(names, size, channels) for part, folder in parts.items()}
     return Sources(
-        names, sources["train"], validation=sources.get("validation"), test=sources.get("test")
+        names,
+        sources["train"],
+        validation=sources.get("validation"),
+        test=sources.get("test"),
+        warnings=tuple(_unread(parts.values())),
     )
+
+
+def _unread(folders: Iterable[_Folder]) -> Iterator[str]:
+    """A warning about images in formats that are not read, if there are some."""
+    files = [folder.root / path for folder in folders for path in folder.unread]
+    if files:
+        passed = "1 file was" if len(files) == 1 else f"{len(files)} files were"
+        suffix = files[0].suffix.lower()
+        yield f"{passed} passed over, for example {files[0]}: {suffix} is not read"
 
 
 @component
@@ -119,7 +154,7 @@ class ImageFolder(_ImageFiles):
         if not ignored:
             return sources
         warning = f"{root}: folders that are no part and were passed over: {', '.join(ignored)}"
-        return replace(sources, warnings=(warning,))
+        return replace(sources, warnings=(*sources.warnings, warning))
 
 
 @DATASETS.register("imagenet")
@@ -227,11 +262,12 @@ def _subfolders(folder: Path) -> list[str]:
     )
 
 
-def _image_paths(root: Path, name: str) -> Iterator[str]:
+def _files(root: Path, name: str) -> Iterator[str]:
+    """Paths of the files of a class, relative to ``root``, at any depth."""
     for base, folders, files in os.walk(root / name, followlinks=True):
         folders[:] = [folder for folder in folders if folder[0] != "."]
         inside = Path(base).relative_to(root).as_posix()
-        yield from (f"{inside}/{file}" for file in files if _is_image(file))
+        yield from (f"{inside}/{file}" for file in files if file[0] != ".")
 
 
 def _is_image(file: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tuner.errors import DataError
 from tuner.losses._numerics import at_least_float32
-from tuner.losses._weights import ClassCounts
+from tuner.losses._weights import ClassCounts, checked_counts
 from tuner.registry import Registry
 
 Reduction = Literal["batch", "weighted", "sum", "none"]
@@ -49,7 +49,8 @@ class Loss(nn.Module, ABC):
         start: Fraction of the training from which weights and logit adjustments act.
 
     Raises:
-        ValueError: A tensor does not fit the classes, or a fraction is not in [0, 1).
+        ValueError: A tensor does not fit the classes, a fraction is not in [0, 1), or the
+            counts are negative, not finite or all 0.
     """
 
     class_counts: Tensor
@@ -66,17 +67,12 @@ class Loss(nn.Module, ABC):
         start: float = 0.0,
     ) -> None:
         super().__init__()
-        class_counts = torch.as_tensor(class_counts)
-        if class_counts.ndim != 1 or class_counts.numel() < 2:
-            raise ValueError(
-                f"class_counts must be (C,) with C >= 2, not {tuple(class_counts.shape)}"
-            )
         if not 0 <= start < 1:
             raise ValueError(f"start must be in [0, 1), not {start}")
         self.reduction = reduction
         self.start = start
         self.active = start == 0
-        counts = class_counts.detach().to(torch.float64)
+        counts = checked_counts(class_counts).detach().to(torch.float64)
         self.register_buffer("class_counts", counts, persistent=False)
         self.register_buffer("class_weights", _weights(class_weights, counts), persistent=False)
         self.register_buffer("smoothing", _smoothing(label_smoothing, counts), persistent=False)
@@ -105,7 +101,9 @@ class Loss(nn.Module, ABC):
 
         Raises:
             DataError: A class without training samples is a hard target.
+            ValueError: The logits are for another number of classes.
         """
+        self._refuse_misfit(logits)
         self._refuse_empty_classes(targets)
         table = self.table(at_least_float32(logits))
         weights = self.weights(targets)
@@ -144,6 +142,14 @@ class Loss(nn.Module, ABC):
             return soft
         spread = soft * self.smoothing.to(soft)
         return soft - spread + spread.mean(dim=1, keepdim=True)
+
+    def _refuse_misfit(self, logits: Tensor) -> None:
+        if logits.ndim != 2:
+            raise ValueError(f"logits must be (N, {self.num_classes}), not {tuple(logits.shape)}")
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits have {logits.shape[1]} classes, class_counts {self.num_classes}"
+            )
 
     def _refuse_empty_classes(self, targets: Tensor) -> None:
         if not self.empty_classes or targets.ndim != 1:

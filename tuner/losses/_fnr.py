@@ -83,6 +83,7 @@ class FnrAdaptiveLoss(CrossEntropyLoss):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Reduced loss; in train mode the batch then counts for the rates."""
+        self._refuse_misfit(logits)
         if self.training and self.mode == "reference":
             self._observe(logits, targets)
         loss = super().forward(logits, targets)

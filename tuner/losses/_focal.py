@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from tuner.losses._base import LOSSES, Loss, LossComponent, LossOptions, NonNegative
 from tuner.losses._cross_entropy import CrossEntropy
 from tuner.losses._numerics import log_complement, sum_of_others
+from tuner.losses._weights import ClassCounts
 from tuner.registry import component
 
 
@@ -21,7 +22,7 @@ class FocalLoss(Loss):
     """
 
     def __init__(
-        self, class_counts: Tensor, *, gamma: float = 2.0, **options: Unpack[LossOptions]
+        self, class_counts: ClassCounts, *, gamma: float = 2.0, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(class_counts, **options)
         self.gamma = gamma
@@ -47,7 +48,7 @@ class SigmoidFocalLoss(Loss):
     """One-versus-rest focal loss, summed over the classes; see ``sigmoid_focal_table``."""
 
     def __init__(
-        self, class_counts: Tensor, *, gamma: float = 2.0, **options: Unpack[LossOptions]
+        self, class_counts: ClassCounts, *, gamma: float = 2.0, **options: Unpack[LossOptions]
     ) -> None:
         super().__init__(class_counts, **options)
         self.gamma = gamma

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tuner.losses._base import LOSSES, Fraction, Loss, LossComponent, LossOptions
 from tuner.losses._cross_entropy import CrossEntropy, CrossEntropyLoss
-from tuner.losses._weights import ClassCounts
+from tuner.losses._weights import ClassCounts, checked_counts
 from tuner.registry import component
 
 Shape = Literal["concave", "linear", "convex"]
@@ -40,7 +40,7 @@ def smoothing_by_count(
 
     Zhong et al. 2021 (MiSLAS), equations 7 to 9. Equal counts all get ``smooth_head``.
     """
-    counts = torch.as_tensor(class_counts).to(torch.float64)
+    counts = checked_counts(class_counts).to(torch.float64)
     low, high = counts[counts > 0].min(), counts.max()
     if low == high:
         return torch.full_like(counts, smooth_head)

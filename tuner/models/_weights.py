@@ -55,10 +55,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise TunerError(f"weights_file: {path}: no such file")
     try:
         content = _read(path)
-    except Exception as error:  # each format has its own errors; all mean an unusable file
+    except OSError as error:
+        raise TunerError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        # Each format has its own errors, and those of torch advise to switch its safety off.
         raise TunerError(
-            f"{path}: cannot be read as weights ({error}); save a state_dict, "
-            "as .safetensors or with torch.save"
+            f"{path} holds more than plain weights, or cannot be read; "
+            "save model.state_dict() with torch.save, or use safetensors"
         ) from error
     if not isinstance(content, Mapping):
         raise TunerError(f"{path}: holds a {type(content).__name__}, not a state_dict")

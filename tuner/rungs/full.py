@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tuner import artifacts
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
-from tuner.evaluation import Assessment, assess_validation, extras
+from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
 from tuner.losses import LOSSES
 from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
 from tuner.recipe import Recipe
@@ -81,7 +81,7 @@ def run(
 
 
 def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
-    for key in ("metrics", "tau", "extras", "sampling"):
+    for key in ("metrics", "intervals", "recall_per_class", "tau", "extras", "sampling"):
         trial.set_user_attr(key, known.user_attrs[key])
     trial.set_user_attr("duplicate_of", known.number)
     _constrain(session, trial, known.user_attrs["metrics"])
@@ -92,10 +92,15 @@ def _copy(session: Session, trial: Trial, known: FrozenTrial) -> Outcome:
     return Outcome(trial.number, "duplicate", value=value)
 
 
-def _constrain(session: Session, trial: Trial, metrics: dict[str, Any]) -> None:
-    violation = session.floor_violation(metrics)
-    if violation is not None and not trial.user_attrs.get("baseline"):
-        trial.set_constraint("floor", violation)
+def _constrain(session: Session, trial: Trial, metrics: dict[str, Any] | None) -> None:
+    """Tell Optuna whether the floor is kept.
+
+    The Gaussian process wants the same constraints of all trials: one without metrics breaks
+    the floor, one that ended before the baseline keeps it.
+    """
+    if session.file.objective.floor:
+        violation = 1.0 if metrics is None else session.floor_violation(metrics)
+        trial.set_constraint("floor", violation or 0.0)
 
 
 def _end(
@@ -104,6 +109,7 @@ def _end(
     trial.set_user_attr("reason", reason)
     if detail:
         trial.set_user_attr("detail", detail[-4000:])
+    _constrain(session, trial, trial.user_attrs.get("metrics"))
     final = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
     session.study.tell(trial, state=final)
     artifacts.drop_checkpoint(session.trial_folder(trial.number))
@@ -242,6 +248,8 @@ class _Training:
         targets = self.data.validation.targets.cpu()
         facts = {
             "metrics": _metrics(assessment),
+            "intervals": intervals(result.logits, assessment, self.data),
+            "recall_per_class": recalls(assessment, self.data),
             "tau": assessment.tau,
             "extras": extras(result.logits, norms, bias, targets, self.data.groups),
             "sampling": result.lane.samplers[-1].describe(),
