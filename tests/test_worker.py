@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from tuner.errors import TunerError
 from tuner.rungs.full import Outcome
 from tuner.session import Session
 from tuner.tickets import claim
-from tuner.worker import work
+from tuner.worker import StopRequest, work
 
 STUDY = """
 name = "long"
@@ -186,6 +187,20 @@ def test_two_workers_share_one_budget(
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 12
     names = {t.user_attrs["worker"] for t in trials}
     assert len(names) <= 2
+
+
+def test_decoding_process_ends_when_told_and_leaves_the_stop_request_alone() -> None:
+    with StopRequest().installed() as stop:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.2)
+        assert child.is_alive(), "Ctrl-C goes to the whole group; only the owner decides"
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == 143
+        assert not stop.asked
 
 
 @pytest.mark.parametrize("algorithm", ["tpe", "random", "gp"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +33,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.owner = os.getpid()
 
     def __call__(self) -> bool:
         """Whether to stop after the epoch at hand."""
         return self.asked
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self.owner:
+            # A process that decodes images for this one: it ends with it, or when told to.
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
