@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Annotated, Any
 
@@ -16,9 +17,10 @@ Decay = Annotated[float, Field(ge=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimizerComponent:
+class OptimizerComponent(ABC):
     """Hyperparameters of an optimizer."""
 
+    @abstractmethod
     def build(self, model: nn.Module, *, no_decay: Collection[str] = ()) -> torch.optim.Optimizer:
         """Optimizer over the trainable parameters of ``model``.
 
@@ -28,7 +30,6 @@ class OptimizerComponent:
         Raises:
             ValueError: ``no_decay`` names a parameter that the model does not have.
         """
-        raise NotImplementedError
 
 
 OPTIMIZERS: Registry[OptimizerComponent] = Registry("optimizer")

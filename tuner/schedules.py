@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Annotated
 
 from pydantic import Field
@@ -21,12 +22,12 @@ def deferred(progress: float, start: float) -> bool:
     return progress < start
 
 
-class Schedule:
+class Schedule(ABC):
     """A factor on the learning rate over the training."""
 
+    @abstractmethod
     def factor(self, epoch: float, epochs: int) -> float:
         """Factor at the fractional, 0-based ``epoch`` of ``epochs``."""
-        raise NotImplementedError
 
     def warmup_end(self, epochs: int) -> float:
         """Share of training after which the warm-up is over."""

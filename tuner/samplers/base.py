@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
@@ -179,16 +180,16 @@ def _num_grouped(groups: Groups | None) -> int:
     return 1 + max((c for group in named for c in group), default=-1)
 
 
-class SamplerComponent:
+class SamplerComponent(ABC):
     """Hyperparameters of a sampler; says how likely each class is at which progress."""
 
     sampler_class: ClassVar[type[ClassSampler]] = ClassSampler
 
+    @abstractmethod
     def probabilities(
         self, class_counts: Tensor, progress: float, groups: Groups | None = None
     ) -> Tensor:
         """Probability of each class, (C,) float64; 0 for a class without samples."""
-        raise NotImplementedError
 
     def is_natural(self, progress: float) -> bool:
         """Whether the epoch at ``progress`` shows every image exactly once."""
