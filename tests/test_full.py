@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner import artifacts
 from tuner.datasets import Data
+from tuner.errors import DataError
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
 from tuner.pruning import Curve
@@ -200,6 +201,19 @@ def test_trial_that_another_worker_ended_is_left_alone(
     outcome = run(session, trial, digits, device="cpu", stop=lambda: False, on_epoch=steal)
     assert outcome.state == "lost"
     assert stored(session, 0).state == TrialState.FAIL
+
+
+def test_what_the_user_can_cure_leaves_the_trial_waiting_for_the_cure(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise DataError("photos/cat/7.jpg cannot be decoded")
+
+    monkeypatch.setattr(full, "epochs", broken)
+    session = make_session()
+    with pytest.raises(DataError, match=r"7\.jpg"):
+        run_next(session, digits)
+    assert stored(session, 0).state == TrialState.WAITING
 
 
 def test_floor_is_set_as_a_constraint_of_the_trial(make_session: MakeSession, digits: Data) -> None:

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner import artifacts
 from tuner.datasets import Data
-from tuner.errors import NonFiniteError
+from tuner.errors import NonFiniteError, TunerError
 from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
 from tuner.losses import LOSSES
 from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
@@ -71,6 +71,10 @@ def run(
         return Outcome(trial.number, "lost")
     except NonFiniteError as error:
         return _end(session, trial, "pruned", "not_finite", str(error))
+    except TunerError:
+        # What the user can cure, such as an image that is broken: the trial waits for the cure.
+        requeue(session, trial._trial_id)
+        raise
     except torch.OutOfMemoryError as error:
         return _end(session, trial, "failed", "out_of_memory", str(error))
     except Exception:
