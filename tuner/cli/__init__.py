@@ -19,6 +19,13 @@ app = typer.Typer(
 )
 
 
+class _StandardError(logging.Handler):
+    """Writes to what is standard error at the moment: progress bars make way for lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"tuner {__version__}")
@@ -35,7 +42,9 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of all errors.")] = False,
 ) -> None:
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[_StandardError()], force=True
+    )
     logging.captureWarnings(True)
     logging.getLogger("tuner").setLevel(level)
     _state["debug"] = debug
