@@ -60,6 +60,8 @@ def served() -> Iterator[HTTPConnection]:
     thread.join(5)
 
 
+# waitress may still be selecting on the socket that the fixture closes.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 class TestServing:
     def test_a_free_port_is_found_and_answers(self, served: HTTPConnection) -> None:
         served.request("GET", "/")
