@@ -44,6 +44,17 @@ def test_creating_again_adds_nothing_and_a_larger_budget_adds_the_difference(
     assert len(make_session(budget={"trials": 7, "epochs": 3}).trials()) == 7
 
 
+def test_long_queue_is_filled_in_portions_up_to_the_budget(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": tickets.AHEAD + 9, "epochs": 3})
+    assert len(session.trials()) == tickets.AHEAD
+    while claim(session):
+        pass
+    assert fill_queue(session) == 9
+    while claim(session):
+        pass
+    assert fill_queue(session) == 0
+
+
 def test_changed_study_file_under_an_old_name_is_refused(make_session: MakeSession) -> None:
     make_session()
     with pytest.raises(StorageError, match="'tiny'.*new name"):

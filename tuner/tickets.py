@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Ticket = tuple[dict[str, Any], dict[str, Any]]
 """Optuna parameters that are fixed beforehand, and user attributes."""
 
+AHEAD = 64
 GRACE_SECONDS = 60
 MAX_BASELINES = 3
 CALMER = 0.3
@@ -35,6 +36,7 @@ def fill_queue(session: Session) -> int:
 
     First the plain cross-entropy baseline, then one published default per loss, then the grid
     or free tickets for the algorithm. The progressive strategy's tickets are due rung by rung.
+    At most ``AHEAD`` are put at a time: Optuna reads all waiting trials whenever it reads any.
     Call it under ``storage.exclusive``, so that nothing is queued twice.
     """
     trials = [t for t in session.trials() if "again" not in t.user_attrs]
@@ -44,7 +46,7 @@ def fill_queue(session: Session) -> int:
         have[attrs.get("rung")] -= 1
         if have[attrs.get("rung")] < 0:
             due.append((params, attrs))
-    due += _another_baseline(session)
+    due = due[:AHEAD] + _another_baseline(session)
     for params, attrs in due:
         session.study.enqueue_trial(params, user_attrs=attrs)
     return len(due)

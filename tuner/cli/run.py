@@ -40,7 +40,10 @@ def create(
 
     session, _ = _created(study, storage, data, artifacts)
     counts = progress(session)
-    print(f"study {session.file.name}: {counts['waiting']} of {counts['budget']} trials to do")
+    ended = sum(counts[state] for state in ("complete", "pruned", "fail"))
+    print(
+        f"study {session.file.name}: {counts['budget'] - ended} of {counts['budget']} trials to do"
+    )
 
 
 @app.command()
