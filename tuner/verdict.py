@@ -16,7 +16,7 @@ from tuner.lane import Lane
 from tuner.metrics import confusion_matrix, evaluate, recall_per_class
 from tuner.recipe import Recipe
 from tuner.session import Session
-from tuner.statistics import bootstrap_intervals, paired_difference
+from tuner.statistics import bootstrap_intervals, holm, paired_difference
 from tuner.trainer import epochs
 
 COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
@@ -128,17 +128,23 @@ def _row(
 
 
 def _differences(chosen: Tensor, plain: Tensor, part: Part, data: Data) -> dict[str, Any]:
-    """Best minus baseline on the same images, for every compared metric that can be had."""
-    differences = {}
-    for metric in COMPARED:
-        found = paired_difference(
-            chosen, plain, part.targets.cpu(), metric=metric, groups=data.groups, seed=0
-        )
-        if found is not None:
-            differences[metric] = {
-                "estimate": found.estimate,
-                "low": found.interval.low,
-                "high": found.interval.high,
-                "p_value": found.p_value,
-            }
-    return differences
+    """Best minus baseline on the same images, for every compared metric that can be had.
+
+    The p-values are adjusted for there being several (Holm 1979); the intervals are not.
+    """
+    targets = part.targets.cpu()
+    found = {
+        metric: paired_difference(chosen, plain, targets, metric=metric, groups=data.groups, seed=0)
+        for metric in COMPARED
+    }
+    known = {metric: difference for metric, difference in found.items() if difference is not None}
+    adjusted = holm([difference.p_value for difference in known.values()])
+    return {
+        metric: {
+            "estimate": difference.estimate,
+            "low": difference.interval.low,
+            "high": difference.interval.high,
+            "p_value": p_value,
+        }
+        for (metric, difference), p_value in zip(known.items(), adjusted, strict=True)
+    }
