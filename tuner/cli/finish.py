@@ -130,7 +130,10 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
 
 def _difference(metric: str, verdict: dict[str, Any]) -> str:
     if verdict["best"] == verdict["baseline"]:
-        return "The best recipe is plain cross-entropy itself, with its logits adjusted."
+        adjusted = verdict["rows"][1]["tau"] != 0
+        return "The best recipe is plain cross-entropy itself" + (
+            ", with its logits adjusted." if adjusted else "."
+        )
     shown = metric if metric in verdict["differences"] else "balanced_accuracy"
     found = verdict["differences"][shown]
     sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
