@@ -67,15 +67,20 @@ class Session:
             self._found.extend(t for t in complete if t.user_attrs.get("baseline"))
         return self._found[0] if self._found else None
 
-    def floor_violation(self, metrics: dict[str, Any]) -> float | None:
+    def floor_violation(
+        self, metrics: dict[str, Any], plain: dict[str, Any] | None = None
+    ) -> float | None:
         """How far below the floor a trial's metrics are (<= 0: kept); None without a floor.
 
         The floor is the baseline's metric as it is, without adjustment, minus the drop.
+        ``plain`` are the baseline's metrics; by default those of the one that is complete.
         """
         floor, baseline = self.file.objective.floor, self.baseline()
-        if not floor or baseline is None:
+        if plain is None and baseline is not None:
+            plain = baseline.user_attrs["metrics"]
+        if not floor or plain is None:
             return None
-        reference = baseline.user_attrs["metrics"]["raw"][floor.metric]
+        reference = plain["raw"][floor.metric]
         value = metrics["adjusted" if self.file.objective.adjusted else "raw"][floor.metric]
         if reference is None or value is None:
             return None

@@ -155,7 +155,17 @@ def _state(row: dict[str, Any]) -> str:
 def _trial_row(session: Session, trial: FrozenTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
     keys = (
-        *("reason", "detail", "loss", "sampler", "kappa", "warning", "metrics", "intervals"),
+        *(
+            "reason",
+            "detail",
+            "loss",
+            "sampler",
+            "kappa",
+            "warning",
+            "sampling",
+            "metrics",
+            "intervals",
+        ),
         *("recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset", "rung"),
     )
     return {

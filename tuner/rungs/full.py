@@ -80,6 +80,7 @@ def run(
     except Exception:
         return _end(session, trial, "failed", "code_error", traceback.format_exc())
     except BaseException:
+        log.warning("interrupted; trial %d goes on from its last checkpoint", trial.number)
         requeue(session, trial._trial_id)
         raise
 
@@ -103,7 +104,8 @@ def _constrain(session: Session, trial: Trial, metrics: dict[str, Any] | None) -
     the floor, one that ended before the baseline keeps it.
     """
     if session.file.objective.floor:
-        violation = 1.0 if metrics is None else session.floor_violation(metrics)
+        plain = metrics if trial.user_attrs.get("baseline") else None
+        violation = 1.0 if metrics is None else session.floor_violation(metrics, plain)
         trial.set_constraint("floor", violation or 0.0)
 
 
