@@ -9,68 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trainer_cases import VARIED, recipe, trained
 
 from tuner import artifacts
 from tuner.datasets import Data, ResidentImages, StreamedImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
-from tuner.recipe import Recipe
+from tuner.stores import FolderStore
 from tuner.trainer import epochs
-
-DIGITS = {
-    "name": "digits",
-    "profile": {"name": "exponential", "ratio": 10},
-    "validation_fraction": 0.4,
-    "test_fraction": 0.3,
-}
-
-
-def recipe(*, length: int = 4, **parts: Any) -> Recipe:
-    values: dict[str, Any] = {
-        "epochs": length,
-        "seed": 7,
-        "data": DIGITS,
-        "model": {"name": "mlp"},
-        "training": {"batch_size": 64},
-        **parts,
-    }
-    return Recipe.from_dict(values)
-
-
-def trained(which: Recipe, data: Data) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Validation logits of every epoch, and the final weights."""
-    results = list(epochs(which, data))
-    return [r.logits for r in results], dict(results[-1].lane.model.state_dict())
-
-
-VARIED = {
-    "plain": {},
-    "adamw": {"optimizer": {"name": "adamw"}},
-    "deferred sampler and weights": {
-        "sampler": {"name": "class_aware", "exponent": 1.0, "start": 0.5},
-        "loss": {"name": "weighted_cross_entropy", "power": 1.0, "start": 0.5},
-    },
-    "fnr-adaptive with mixup": {
-        "loss": {"name": "fnr_adaptive"},
-        "augment": {"name": "standard", "flip": False, "crop_padding": 1, "mixup": 0.4},
-    },
-    "curriculum": {"sampler": {"name": "curriculum"}},
-    "two stages, classifier only": {
-        "training": {
-            "name": "two_stage",
-            "switch": 0.5,
-            "classifier_only": True,
-            "reset_head": True,
-            "batch_size": 64,
-        }
-    },
-    "batch norm and cosine head": {
-        "model": {"name": "small_cnn"},
-        "loss": {"name": "ldam", "start": 0.5},
-    },
-    "equalization": {"loss": {"name": "equalization"}},
-    "dropout": {"model": {"name": "mlp", "dropout": 0.3}},
-}
 
 
 @pytest.mark.parametrize("parts", VARIED.values(), ids=VARIED.keys())
@@ -79,26 +25,22 @@ def test_resumed_training_continues_bit_for_bit(
     parts: dict[str, Any], stop_after: int, digits: Data, tmp_path: Path
 ) -> None:
     which = recipe(**parts)
-    whole, weights = trained(which, digits)
-
     interrupted = epochs(which, digits)
     for _ in range(stop_after):
         result = next(interrupted)
-    artifacts.save_checkpoint(tmp_path, result.snapshot(), {})
+    artifacts.save_checkpoint(FolderStore(tmp_path), result.snapshot(), {})
     next(interrupted, None)  # what ran on after the checkpoint must not matter
-    rest = list(epochs(which, digits, resume=artifacts.load_checkpoint(tmp_path, {})))
+    snapshot, _ = artifacts.load_checkpoint(FolderStore(tmp_path), {})
+    rest = list(epochs(which, digits, resume=snapshot))
 
     assert [r.epoch for r in rest] == list(range(stop_after, 4))
-    for ours, theirs in zip(rest, whole[stop_after:], strict=True):
-        assert torch.equal(ours.logits, theirs)
-    resumed = rest[-1].lane.model.state_dict()
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert trained(which, digits).ends_as(rest)
 
 
 def test_same_recipe_gives_same_numbers_and_another_seed_others(digits: Data) -> None:
-    first, _ = trained(recipe(), digits)
-    again, _ = trained(recipe(), digits)
-    other, _ = trained(replace(recipe(), seed=8), digits)
+    first = trained(recipe(), digits).logits
+    again = trained(recipe(), digits).logits
+    other = trained(replace(recipe(), seed=8), digits).logits
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
 
@@ -112,15 +54,15 @@ def test_training_leaves_the_global_generator_alone(digits: Data) -> None:
 
 
 def test_training_learns_the_digits(digits: Data) -> None:
-    logits, _ = trained(recipe(length=20), digits)
+    logits = trained(recipe(length=20), digits).logits
     accuracy = (logits[-1].argmax(1) == digits.validation.targets).float().mean()
     assert accuracy > 0.85
 
 
 def test_deferred_weights_change_nothing_before_their_start(digits: Data) -> None:
-    plain, _ = trained(recipe(), digits)
+    plain = trained(recipe(), digits).logits
     weighted = {"name": "weighted_cross_entropy", "power": 1.0, "start": 0.5}
-    deferred, _ = trained(recipe(loss=weighted), digits)
+    deferred = trained(recipe(loss=weighted), digits).logits
     assert torch.equal(plain[1], deferred[1])
     assert not torch.equal(plain[2], deferred[2])
 
@@ -177,7 +119,7 @@ def test_diverging_training_says_so(digits: Data) -> None:
 
 def test_bfloat16_trains_as_well_as_float32(digits: Data) -> None:
     half = recipe(length=15, training={"batch_size": 64, "precision": "bfloat16"})
-    logits, _ = trained(half, digits)
+    logits = trained(half, digits).logits
     assert logits[-1].dtype == torch.float32
     accuracy = (logits[-1].argmax(1) == digits.validation.targets).float().mean()
     assert accuracy > 0.8
@@ -196,10 +138,12 @@ def test_snapshot_of_another_recipe_is_refused(digits: Data) -> None:
 
 
 def test_broken_checkpoint_starts_the_trial_again(tmp_path: Path, digits: Data) -> None:
-    artifacts.save_checkpoint(tmp_path, next(epochs(recipe(), digits)).snapshot(), {})
+    artifacts.save_checkpoint(FolderStore(tmp_path), next(epochs(recipe(), digits)).snapshot(), {})
     path = tmp_path / artifacts.CHECKPOINT
     path.write_bytes(path.read_bytes()[:100])
-    assert artifacts.load_checkpoint(tmp_path, {}) is None
+    snapshot, reason = artifacts.load_checkpoint(FolderStore(tmp_path), {})
+    assert snapshot is None
+    assert str(path) in str(reason)
 
 
 def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Path) -> None:
@@ -217,8 +161,8 @@ def test_streamed_images_train_to_the_same_numbers_as_resident_ones(tmp_path: Pa
         training={"batch_size": 16},
         augment={"name": "standard"},
     )
-    ours, _ = trained(which, resident)
-    theirs, _ = trained(which, replace(streamed, mean=resident.mean, std=resident.std))
+    ours = trained(which, resident).logits
+    theirs = trained(which, replace(streamed, mean=resident.mean, std=resident.std)).logits
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -227,11 +171,16 @@ def test_checkpoint_of_another_study_or_other_data_is_not_used(
 ) -> None:
     snapshot = next(epochs(recipe(), digits)).snapshot()
     mine = {"study": "a", "fingerprint": digits.fingerprint}
-    artifacts.save_checkpoint(tmp_path, snapshot, mine)
-    digest = recipe().digest()
-    assert artifacts.load_checkpoint(tmp_path, {**mine, "recipe": digest}) is not None
+    store = FolderStore(tmp_path)
+    assert artifacts.load_checkpoint(store, mine) == (None, None), "there is none"
+    artifacts.save_checkpoint(store, snapshot, mine)
+    found, reason = artifacts.load_checkpoint(store, {**mine, "recipe": recipe().digest()})
+    assert found is not None
+    assert reason is None
     for key in ("study", "fingerprint", "recipe"):
-        assert artifacts.load_checkpoint(tmp_path, {**mine, key: "other"}) is None
+        found, reason = artifacts.load_checkpoint(store, {**mine, key: "other"})
+        assert found is None
+        assert f"of another {key}" in str(reason)
 
 
 @pytest.mark.gpu

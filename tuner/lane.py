@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tuner.checkpoint import (
-    flatten_optimizer,
-    restore_optimizer,
-)
+from tuner.checkpoint import flatten_optimizer, restore_optimizer
+from tuner.chunks import logits_in_chunks, number_of_chunks
 from tuner.datasets import Data, Images
 from tuner.models import Classifier, set_head_bias
 from tuner.recipe import Recipe
@@ -25,19 +23,28 @@ MAX_LOADERS = 4
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of a lane between two epochs, as tensors and JSON values."""
+    """State of a training between two epochs or two steps, as tensors and JSON values."""
 
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any]
 
 
 class Lane:
-    """Everything one recipe trains with; starts at epoch 0 with freshly seeded weights."""
+    """Everything one recipe trains with; starts at epoch 0 with freshly seeded weights.
 
-    def __init__(self, recipe: Recipe, data: Data, device: str) -> None:
+    ``micro_batch`` is the largest number of images, at least 2, whose activations are in
+    memory at a time; None for whole batches. It is no part of the recipe: see ``epochs``.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: Data, device: str, *, micro_batch: int | None = None
+    ) -> None:
+        if micro_batch is not None and micro_batch < 2:
+            raise ValueError(f"micro_batch must be at least 2, not {micro_batch}")
         self.recipe = recipe
         self.data = data
         self.device = torch.device(device)
+        self.micro_batch = micro_batch
         self.epoch = 0
         self.stage = 0
         self.noted: list[tuple[Tensor, Tensor]] = []
@@ -90,7 +97,10 @@ class Lane:
         return self.epoch / self.recipe.epochs
 
     def begin_epoch(self) -> None:
-        """Enter the stage of the coming epoch and switch on what is deferred until now."""
+        """Enter the stage of the coming epoch and switch on what is deferred until now.
+
+        Also after ``restore``: an epoch that was begun before is begun as it was.
+        """
         stage = self.recipe.training.stage(self.progress)
         if stage != self.stage:
             self._enter_stage(stage)
@@ -129,7 +139,7 @@ class Lane:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
-    def images(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def images(self, batches: Sequence[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Indices and uint8 images (B, c, H, W) of every batch."""
         yield from zip(batches, self._load(self.data.train.images, batches), strict=True)
 
@@ -145,7 +155,7 @@ class Lane:
         inputs, soft = self.augment(
             images.to(self.device, non_blocking=True), targets, self.generator, self.progress
         )
-        logits = self._forward(inputs)
+        logits = self._training_logits(inputs)
         if self.samplers[self.stage].needs_losses:
             self._note_losses(indices, logits, targets)
         loss: Tensor = self.loss(logits, soft)
@@ -161,10 +171,22 @@ class Lane:
     def end_epoch(self) -> None:
         """Hand the epoch's losses to a sampler that asks for them, and count the epoch."""
         if self.noted:
-            indices, losses = zip(*self.noted, strict=True)
-            self.samplers[self.stage].observe(torch.cat(indices), torch.cat(losses))
+            self.samplers[self.stage].observe(**self._noted_losses())
             self.noted.clear()
         self.epoch += 1
+
+    def _noted_losses(self) -> dict[str, Tensor]:
+        """Indices (n,) and losses (n,) that this epoch noted so far; empty when it noted none."""
+        if not self.noted:
+            return {}
+        indices, losses = zip(*self.noted, strict=True)
+        return {"indices": torch.cat(indices), "losses": torch.cat(losses)}
+
+    def _training_logits(self, inputs: Tensor) -> Tensor:
+        chunks = number_of_chunks(len(inputs), self.micro_batch)
+        if chunks == 1:
+            return self._forward(inputs)
+        return logits_in_chunks(self._forward, inputs, chunks, self.model)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -187,13 +209,17 @@ class Lane:
     def logits(self, images: Images) -> Tensor:
         """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode."""
         self.model.eval()
-        batches = torch.split(torch.arange(len(images)), EVALUATION_BATCH)
+        batches = torch.split(torch.arange(len(images)), self._evaluation_batch())
         parts = [
             self._forward(self.augment.normalize(batch.to(self.device, non_blocking=True)))
             for batch in self._load(images, batches)
         ]
         scale: float = self.recipe.loss.output_scale()
         return torch.cat(parts).cpu() * scale
+
+    def _evaluation_batch(self) -> int:
+        """Without gradients, twice the images fit even where two large maps are all there is."""
+        return min(EVALUATION_BATCH, 2 * (self.micro_batch or EVALUATION_BATCH))
 
     def head_state(self) -> tuple[Tensor, Tensor]:
         """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,).
@@ -213,13 +239,14 @@ class Lane:
         """Copy of everything that changes during training."""
         optimizer, optimizer_meta = flatten_optimizer(self.optimizer)
         tensors = {
-            **_prefixed("model", self.model.state_dict()),
-            **_prefixed("loss", self.loss.state_dict()),
-            **_prefixed("optimizer", optimizer),
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("loss", self.loss.state_dict()),
+            **prefixed("optimizer", optimizer),
+            **prefixed("noted", self._noted_losses()),
             "generator": self.generator.get_state(),
         }
         for stage, sampler in enumerate(self.samplers):
-            tensors |= _prefixed(f"sampler{stage}", sampler.state_dict())
+            tensors |= prefixed(f"sampler{stage}", sampler.state_dict())
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         meta = {"epoch": self.epoch, "stage": self.stage, "optimizer": optimizer_meta}
         return Snapshot(copies, {**meta, "recipe": self.recipe.digest()})
@@ -237,20 +264,24 @@ class Lane:
         if self.stage > 0:
             self.optimizer = self._build_optimizer()
         tensors = snapshot.tensors
-        self.model.load_state_dict(_without_prefix("model", tensors))
-        self.loss.load_state_dict(_without_prefix("loss", tensors))
-        restore_optimizer(
-            self.optimizer, _without_prefix("optimizer", tensors), snapshot.meta["optimizer"]
-        )
+        self.model.load_state_dict(without_prefix("model", tensors))
+        self.loss.load_state_dict(without_prefix("loss", tensors))
+        # The optimizer takes tensors as its own and changes them; the snapshot must not change.
+        optimizer = {n: t.clone() for n, t in without_prefix("optimizer", tensors).items()}
+        restore_optimizer(self.optimizer, optimizer, snapshot.meta["optimizer"])
         self.generator.set_state(tensors["generator"])
+        noted = without_prefix("noted", tensors)
+        self.noted = [(noted["indices"], noted["losses"].to(self.device))] if noted else []
         for stage, sampler in enumerate(self.samplers):
-            sampler.load_state_dict(_without_prefix(f"sampler{stage}", tensors))
+            sampler.load_state_dict(without_prefix(f"sampler{stage}", tensors))
 
 
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as ``prefix/name``."""
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def _without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors called ``prefix/name``, as ``name``."""
     start = f"{prefix}/"
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(*parts: object) -> int:
@@ -32,3 +33,19 @@ def seeded(*parts: object, device: torch.device | None = None) -> Iterator[None]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(*parts))
         yield
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """State of torch's global generators, of the CPU and of ``device`` where that is a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what ``random_state`` gave; only inside ``seeded``.
+
+    A state from a machine without a GPU leaves the generator of a GPU as ``seeded`` set it.
+    """
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
-from tuner.lane import Lane, Snapshot
+from tuner.lane import Lane, Snapshot, prefixed, without_prefix
 from tuner.recipe import Recipe
-from tuner.seeding import seeded
+from tuner.seeding import random_state, seeded, set_random_state
+
+Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,9 @@ class EpochResult:
     """What one epoch gave.
 
     ``logits`` are those of the validation part, (V, C) float32 on the CPU; ``train_loss`` is
-    the mean over the epoch's samples; ``seconds`` cover training and validation.
+    the mean over the epoch's samples. ``seconds`` cover training and validation, and
+    ``samples`` were trained on in them; of an epoch that was stopped and resumed, both count
+    from the resumption only (see ``Interrupted.seconds`` for the part before).
     """
 
     epoch: int
@@ -37,23 +43,58 @@ class EpochResult:
         return self.lane.snapshot()
 
 
+class Interrupted(Exception):
+    """Training stopped within an epoch because it was asked to; nothing is wrong.
+
+    ``snapshot`` holds everything to go on with the next step. ``step`` steps of ``epoch`` are
+    done, and ``seconds`` went into the epoch since it began or was last resumed.
+    """
+
+    def __init__(self, snapshot: Snapshot, *, epoch: int, step: int, seconds: float) -> None:
+        super().__init__(f"stopped after step {step} of epoch {epoch}")
+        self.snapshot = snapshot
+        self.epoch, self.step, self.seconds = epoch, step, seconds
+
+
 def epochs(
-    recipe: Recipe, data: Data, *, device: str = "cpu", resume: Snapshot | None = None
+    recipe: Recipe,
+    data: Data,
+    *,
+    device: str = "cpu",
+    resume: Snapshot | None = None,
+    stop: Stop = lambda: False,
+    micro_batch: int | None = None,
 ) -> Iterator[EpochResult]:
     """Train ``recipe`` on ``data``, epoch after epoch, from the start or from a snapshot.
 
     The same recipe, data and number of threads give the same numbers, bit for bit on the CPU,
-    also when training was interrupted and resumed.
+    also when training was interrupted and resumed, between epochs or within one.
+
+    Args:
+        recipe: What to train.
+        data: Training and validation part.
+        device: A torch device.
+        resume: Snapshot of the same recipe, of ``EpochResult`` or of ``Interrupted``.
+        stop: Asked after every step. When it says so within an epoch, ``Interrupted`` is
+            raised; after an epoch's last step the epoch is finished and yielded.
+        micro_batch: The model sees at most so many images at a time, for a device that runs
+            out of memory with whole batches; at least 2. Loss, augmentation and learning rate
+            remain those of the whole batch, and so does the gradient up to rounding. But
+            batch norm sees chunks and dropout draws per chunk, and every step makes a second
+            forward pass. Snapshots taken with and without it are interchangeable.
 
     Raises:
+        Interrupted: ``stop`` said so within an epoch.
         NonFiniteError: The training loss became NaN or infinite.
+        ValueError: ``resume`` belongs to another recipe, or ``micro_batch`` is below 2.
     """
-    lane = Lane(recipe, data, device)
+    lane = Lane(recipe, data, device, micro_batch=micro_batch)
     if resume is not None:
         lane.restore(resume)
     while lane.epoch < recipe.epochs:
-        started = time.perf_counter()
-        train_loss, samples = train_epoch(lane)
+        epoch = _Epoch(lane, resume)
+        resume = None
+        train_loss = epoch.train(stop)
         logits = lane.logits(data.validation.images)
         if not torch.isfinite(logits).all():
             raise NonFiniteError(f"validation logits are not finite in epoch {lane.epoch}")
@@ -63,28 +104,79 @@ def epochs(
             progress=lane.epoch / recipe.epochs,
             train_loss=train_loss,
             logits=logits,
-            samples=samples,
-            seconds=time.perf_counter() - started,
+            samples=epoch.samples,
+            seconds=epoch.seconds,
             lane=lane,
         )
 
 
-def train_epoch(lane: Lane) -> tuple[float, int]:
-    """One pass over the sampler's plan; mean training loss and number of samples.
+class _Epoch:
+    """The epoch at hand: one pass over the sampler's plan, and how far it has come."""
 
-    Raises:
-        NonFiniteError: The mean training loss is not finite.
-    """
-    lane.begin_epoch()
-    batches = lane.plan()
-    total = torch.zeros((), dtype=torch.float64, device=lane.device)
-    # Dropout draws from the global generator; a seed per epoch keeps training resumable.
-    with seeded(lane.recipe.seed, "epoch", lane.epoch, device=lane.device):
-        for step, (indices, images) in enumerate(lane.images(batches)):
-            loss = lane.step(indices, images, share=step / len(batches))
-            total += loss.double() * len(indices)
-    samples = sum(len(batch) for batch in batches)
-    mean = float(total) / samples
-    if mean != mean or mean in (float("inf"), float("-inf")):
-        raise NonFiniteError(f"training loss is {mean} in epoch {lane.epoch}")
-    return mean, samples
+    def __init__(self, lane: Lane, resume: Snapshot | None) -> None:
+        self.started = time.perf_counter()
+        self.lane = lane
+        lane.begin_epoch()
+        if resume is not None and "step" in resume.meta:
+            self._go_on(without_prefix("epoch", resume.tensors), resume.meta["step"])
+        else:
+            self.batches = lane.plan()
+            self.step = 0
+            self.total = torch.zeros((), dtype=torch.float64, device=lane.device)
+            self.random: Mapping[str, Tensor] | None = None
+        self.samples = sum(len(batch) for batch in self.batches[self.step :])
+
+    def _go_on(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        self.batches = list(torch.split(tensors["indices"], tensors["sizes"].tolist()))
+        self.step = step
+        self.total = tensors["total"].to(self.lane.device, copy=True)
+        self.random = without_prefix("random", tensors)
+
+    @property
+    def seconds(self) -> float:
+        """Time since this epoch began here."""
+        return time.perf_counter() - self.started
+
+    def train(self, stop: Stop) -> float:
+        """The steps that are left; the mean training loss of all steps.
+
+        Raises:
+            Interrupted: ``stop`` said so before the last step.
+            NonFiniteError: The mean training loss is not finite.
+        """
+        lane = self.lane
+        # Dropout draws from the global generator; a seed per epoch keeps training resumable.
+        # Closing ends the processes that load images, also while an exception is alive.
+        with (
+            seeded(lane.recipe.seed, "epoch", lane.epoch, device=lane.device),
+            closing(lane.images(self.batches[self.step :])) as loaded,
+        ):
+            if self.random is not None:
+                set_random_state(self.random, lane.device)
+            for indices, images in loaded:
+                loss = lane.step(indices, images, share=self.step / len(self.batches))
+                self.total += loss.double() * len(indices)
+                self.step += 1
+                if stop() and self.step < len(self.batches):
+                    raise self._interrupted()
+        mean = float(self.total) / sum(len(batch) for batch in self.batches)
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"training loss is {mean} in epoch {lane.epoch}")
+        return mean
+
+    def _interrupted(self) -> Interrupted:
+        snapshot = self._snapshot()
+        return Interrupted(snapshot, epoch=self.lane.epoch, step=self.step, seconds=self.seconds)
+
+    def _snapshot(self) -> Snapshot:
+        """The lane's state, and that of the epoch: plan, loss so far, global generators."""
+        own = {
+            "indices": torch.cat(self.batches),
+            "sizes": torch.tensor([len(batch) for batch in self.batches]),
+            "total": self.total.cpu().clone(),
+            **prefixed("random", random_state(self.lane.device)),
+        }
+        lane = self.lane.snapshot()
+        return Snapshot(
+            {**lane.tensors, **prefixed("epoch", own)}, {**lane.meta, "step": self.step}
+        )
