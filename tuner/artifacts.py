@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor
 from tuner import checkpoint
 from tuner.checkpoint import CheckpointError
 from tuner.lane import Snapshot
+from tuner.stores import NotThere, Store, StoreError
 
 CHECKPOINT = "checkpoint.safetensors"
 VALIDATION = "validation.safetensors"
@@ -23,82 +21,112 @@ WEIGHTS = "model.safetensors"
 log = logging.getLogger(__name__)
 
 
-def artifacts_root(given: Path | None) -> Path:
-    """Folder of all artifacts: as given, else ``TUNER_ARTIFACTS``, else ``runs/artifacts``."""
-    return given or Path(os.environ.get("TUNER_ARTIFACTS") or "runs/artifacts")
+def save_checkpoint(store: Store, snapshot: Snapshot, identity: Mapping[str, str]) -> None:
+    """Keep a snapshot to resume from, in place of an earlier one; see ``Session.identity``.
 
-
-def save_checkpoint(folder: Path, snapshot: Snapshot, identity: Mapping[str, str]) -> None:
-    """Keep a snapshot to resume from, in place of an earlier one; see ``Session.identity``."""
-    checkpoint.save(folder / CHECKPOINT, snapshot.tensors, {**snapshot.meta, **identity})
-
-
-def load_checkpoint(folder: Path, identity: Mapping[str, str]) -> Snapshot | None:
-    """The snapshot to resume from; None when there is none, or none that can be used.
-
-    A checkpoint with another ``identity`` (study, data, recipe digest) is not used: an earlier
-    study of the same name may have left it.
+    Raises:
+        StoreError: It cannot be kept; the earlier one still is.
     """
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return None
+    meta = {**snapshot.meta, **identity}
+    store.write(CHECKPOINT, checkpoint.to_bytes(snapshot.tensors, meta))
+
+
+def load_checkpoint(
+    store: Store, identity: Mapping[str, str]
+) -> tuple[Snapshot | None, str | None]:
+    """The snapshot to resume from, and why not if there is one that cannot be used.
+
+    It never raises: a checkpoint that is damaged or cannot be read costs the epochs behind it,
+    not the trial. One with another ``identity`` (study, data, recipe digest) is not used
+    either: an earlier study of the same name may have left it. Both are None when there simply
+    is no checkpoint.
+    """
     try:
-        snapshot = Snapshot(*checkpoint.load(path))
-    except CheckpointError as error:
-        log.warning("%s; the trial starts again from epoch 0", error)
-        return None
-    if any(snapshot.meta.get(key) != value for key, value in identity.items()):
-        log.warning("%s belongs to another study; the trial starts from epoch 0", path)
-        return None
-    return snapshot
+        snapshot = Snapshot(*_load(store, CHECKPOINT))
+    except NotThere:
+        return None, None
+    except (CheckpointError, StoreError) as error:
+        reason = str(error)
+    else:
+        other = [key for key, value in identity.items() if snapshot.meta.get(key) != value]
+        if not other:
+            return snapshot, None
+        reason = f"{store.place(CHECKPOINT)} is of another {' and '.join(other)}"
+    log.warning("%s; the trial starts from epoch 0", reason)
+    return None, reason
 
 
-def drop_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint of a trial that ended, and its folder if nothing else is in it."""
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    if folder.exists() and not any(folder.iterdir()):
-        folder.rmdir()
+def drop_checkpoint(store: Store) -> None:
+    """Remove the checkpoint of a trial that ended; what cannot be removed is left, and said."""
+    _remove(store, CHECKPOINT)
 
 
 def save_validation(
-    folder: Path, logits: Tensor, targets: Tensor, norms: Tensor, bias: Tensor
+    store: Store, logits: Tensor, targets: Tensor, norms: Tensor, bias: Tensor
 ) -> None:
-    """Keep the last epoch's validation logits (N, C) as float16, with targets and head norms."""
+    """Keep the last epoch's validation logits (N, C) as float16, with targets and head norms.
+
+    Raises:
+        StoreError: They cannot be kept.
+    """
     tensors = {"logits": logits.half(), "targets": targets.cpu(), "norms": norms, "bias": bias}
-    checkpoint.save(folder / VALIDATION, tensors, {})
+    store.write(VALIDATION, checkpoint.to_bytes(tensors, {}))
 
 
-def load_validation(folder: Path) -> dict[str, Tensor] | None:
-    """What ``save_validation`` kept, logits as float32; None when it is not there."""
-    path = folder / VALIDATION
-    if not path.exists():
+def load_validation(store: Store) -> dict[str, Tensor] | None:
+    """What ``save_validation`` kept, logits as float32; None when it is not there.
+
+    Raises:
+        CheckpointError: It is damaged.
+        StoreError: It cannot be read.
+    """
+    try:
+        tensors, _ = _load(store, VALIDATION)
+    except NotThere:
         return None
-    tensors, _ = checkpoint.load(path)
     return {**tensors, "logits": tensors["logits"].float()}
 
 
-def save_weights(folder: Path, model: torch.nn.Module, meta: dict[str, Any]) -> None:
-    """Keep a trained model's weights."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    checkpoint.save(folder / WEIGHTS, tensors, meta)
+def save_weights(store: Store, model: torch.nn.Module, meta: Mapping[str, str]) -> None:
+    """Keep a trained model's weights.
+
+    Raises:
+        StoreError: They cannot be kept; earlier ones still are.
+    """
+    store.write(WEIGHTS, checkpoint.to_bytes(model.state_dict(), meta))
 
 
-def load_weights(folder: Path, identity: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """Weights that ``save_weights`` kept with this identity; None when there are none."""
-    path = folder / WEIGHTS
-    if not path.exists():
+def load_weights(store: Store, identity: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """Weights that ``save_weights`` kept with this identity; None when none can be had."""
+    try:
+        tensors, meta = _load(store, WEIGHTS)
+    except NotThere:
         return None
-    tensors, meta = checkpoint.load(path)
+    except (CheckpointError, StoreError) as error:
+        log.warning("%s", error)
+        return None
     return tensors if all(meta.get(key) == value for key, value in identity.items()) else None
 
 
-def keep_weights_only_of(root: Path, numbers: set[int]) -> None:
-    """Remove the weights of all trials but the given ones."""
-    for path in root.glob(f"trial-*/{WEIGHTS}"):
-        if int(path.parent.name.removeprefix("trial-")) not in numbers:
-            path.unlink(missing_ok=True)
+def keep_weights_only_of(store: Store, numbers: set[int]) -> None:
+    """Remove the weights of all trials but the given ones from the store of a study."""
+    try:
+        keys = store.keys("trial-")
+    except StoreError as error:
+        log.warning("weights that are no longer needed stay: %s", error)
+        return
+    for key in keys:
+        trial, _, name = key.partition("/")
+        if name == WEIGHTS and int(trial.removeprefix("trial-")) not in numbers:
+            _remove(store, key)
 
 
-def remove(folder: Path) -> None:
-    """Remove everything of a trial."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _load(store: Store, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return checkpoint.from_bytes(store.read(key), store.place(key))
+
+
+def _remove(store: Store, key: str) -> None:
+    try:
+        store.remove(key)
+    except StoreError as error:
+        log.warning("%s", error)

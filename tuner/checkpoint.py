@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tuner.errors import TunerError
+from tuner.stores import write_whole
 
 FORMAT = "tuner-checkpoint-1"
 
@@ -23,27 +22,43 @@ class CheckpointError(TunerError):
     """A checkpoint that cannot be read, or that belongs to something else."""
 
 
+def to_bytes(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """One safetensors file of ``tensors`` and the JSON values ``meta``.
+
+    Tensors may share storage, be views or lie on any device.
+    """
+    header = {"format": FORMAT, "meta": json.dumps(meta)}
+    own = {name: _independent(tensor) for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, metadata=header)
+
+
+def from_bytes(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and JSON values that ``to_bytes`` put together.
+
+    Raises:
+        CheckpointError: It is truncated, damaged or not a checkpoint; the text says ``where``.
+    """
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        meta = json.loads(header.get("meta", "null"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: not a readable checkpoint ({error}); delete it to begin anew"
+        ) from error
+    if header.get("format") != FORMAT or not isinstance(meta, dict):
+        raise CheckpointError(f"{where}: a safetensors file, but not a checkpoint of tuner")
+    return tensors, meta
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write ``tensors`` and the JSON values ``meta`` to ``path``; atomic.
 
     The file appears under its name only when it is complete and on disk, so a crash leaves
     the previous checkpoint. Tensors may share storage, be views or lie on any device.
     """
-    header = {"format": FORMAT, "meta": json.dumps(meta)}
-    own = {name: _independent(tensor) for name, tensor in tensors.items()}
-    content = safetensors.torch.save(own, metadata=header)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    write_whole(Path(path), to_bytes(tensors, meta))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,18 +68,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: No such file, or it is truncated, damaged or not a checkpoint.
     """
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no checkpoint") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({error}); delete it to begin anew"
-        ) from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of tuner")
-    return tensors, json.loads(header["meta"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return from_bytes(content, str(path))
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -133,13 +142,3 @@ def _tuples(group: dict[str, Any]) -> dict[str, Any]:
 
 def _independent(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened like this on Windows."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -17,6 +17,7 @@ from tuner.metrics import confusion_matrix, evaluate, recall_per_class
 from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.statistics import bootstrap_intervals, holm, paired_difference
+from tuner.stores import StoreError
 from tuner.trainer import epochs
 
 COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
@@ -37,16 +38,19 @@ def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) 
     """
     number = trial.user_attrs.get("duplicate_of", trial.number)
     recipe = stored_recipe(trial)
-    folder = session.trial_folder(number)
+    store = session.trial_store(number)
     identity = {**session.identity(), "digest": recipe.digest()}
-    weights = artifacts.load_weights(folder, identity)
+    weights = artifacts.load_weights(store, identity)
     if weights is not None:
         lane = Lane(recipe, data, device)
         lane.model.load_state_dict(weights)
         return lane
-    log.warning("trial %d has no stored weights; training it again", trial.number)
+    log.warning("trial %d has no usable stored weights; training it again", trial.number)
     lane = train(recipe, data, device)
-    artifacts.save_weights(folder, lane.model, identity)
+    try:
+        artifacts.save_weights(store, lane.model, identity)
+    except StoreError as error:
+        log.warning("%s; the weights are used, but not kept", error)
     return lane
 
 
