@@ -86,6 +86,17 @@ class TestServing:
         finally:
             server.close()
 
+    def test_container_listens_to_all_and_answers_to_loopback_names_only(self) -> None:
+        server, _ = listen(hello, "0.0.0.0", 0, in_container=True)
+        try:
+            statuses = [
+                send(server.application, "/", HTTP_HOST=host, REMOTE_ADDR="::1").status
+                for host in ("localhost:8080", "127.0.0.1:8080", "evil.example")
+            ]
+        finally:
+            server.close()
+        assert statuses == [200, 200, 403]
+
     def test_a_port_in_use_is_named_with_the_way_out(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             port = other.getsockname()[1]
