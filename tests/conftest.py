@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,15 +13,23 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
+from ledgers import Ledgers, make_tables
 
 from tuner import session as sessions
 from tuner.datasets import DATASETS, Data
 from tuner.session import Session
+from tuner.stores import FolderStore
 from tuner.study import StudyFile, parse
 
 POSTGRES = os.environ.get(
     "TUNER_TEST_POSTGRES", "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
 )
+MARIADB = os.environ.get("TUNER_TEST_MARIADB", "mariadb+pymysql://root@127.0.0.1:3306/test")
+SERVERS = [
+    "sqlite",
+    pytest.param("postgres", marks=pytest.mark.database),
+    pytest.param("mariadb", marks=pytest.mark.database),
+]
 REQUIRED = os.environ.get("TUNER_REQUIRE_SERVICES") == "1"
 
 MakeFile = Callable[..., StudyFile]
@@ -80,15 +90,16 @@ def make_session(tmp_path: Path, sqlite: str, make_file: MakeFile, digits: Data)
     """Creates a study in the SQLite storage; arguments as ``make_file``."""
 
     def make(**sections: Any) -> Session:
-        return sessions.create(make_file(**sections), sqlite, tmp_path / "artifacts", digits)
+        store = FolderStore(tmp_path / "artifacts")
+        return sessions.create(make_file(**sections), sqlite, store, digits)
 
     return make
 
 
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """URL of an empty PostgreSQL database that is dropped after the test."""
-    server = sqlalchemy.create_engine(POSTGRES, isolation_level="AUTOCOMMIT")
+@contextlib.contextmanager
+def new_database(server_url: str, variable: str, drop: str = "") -> Iterator[str]:
+    """An empty database on a server, gone afterwards; skips when there is no such server."""
+    server = sqlalchemy.create_engine(server_url, isolation_level="AUTOCOMMIT")
     name = f"tuner_test_{uuid.uuid4().hex[:12]}"
     try:
         with server.connect() as connection:
@@ -96,8 +107,102 @@ def postgres() -> Iterator[str]:
     except sqlalchemy.exc.OperationalError as error:
         if REQUIRED:
             raise
-        pytest.skip(f"no PostgreSQL at TUNER_TEST_POSTGRES: {str(error).splitlines()[0]}")
-    yield sqlalchemy.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+        pytest.skip(f"no server at {variable}: {str(error).splitlines()[0]}")
+    yield sqlalchemy.make_url(server_url).set(database=name).render_as_string(hide_password=False)
     with server.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+        connection.exec_driver_sql(f"DROP DATABASE {name} {drop}")
     server.dispose()
+
+
+def new_postgres() -> contextlib.AbstractContextManager[str]:
+    """An empty PostgreSQL database."""
+    return new_database(POSTGRES, "TUNER_TEST_POSTGRES", "WITH (FORCE)")
+
+
+def new_mariadb() -> contextlib.AbstractContextManager[str]:
+    """An empty MariaDB database."""
+    return new_database(MARIADB, "TUNER_TEST_MARIADB")
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """URL of an empty PostgreSQL database that is dropped after the test."""
+    with new_postgres() as url:
+        yield url
+
+
+@pytest.fixture
+def mariadb() -> Iterator[str]:
+    """URL of an empty MariaDB database that is dropped after the test."""
+    with new_mariadb() as url:
+        yield url
+
+
+@pytest.fixture(params=SERVERS)
+def database(request: pytest.FixtureRequest) -> str:
+    """URL of an empty storage, on every kind of database in turn."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def tables(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """URL of a storage that has its tables and is shared by tests, each with its own study."""
+    made = {"postgres": new_postgres, "mariadb": new_mariadb}
+    file = f"sqlite:///{tmp_path_factory.mktemp('shared')}/tuner.db"
+    with made.get(request.param, lambda: contextlib.nullcontext(file))() as url:
+        make_tables(url)
+        yield url
+
+
+@pytest.fixture
+def ledgers(tables: str) -> Iterator[Ledgers]:
+    """A study with a ledger, and a way to open it as several workers do."""
+    with contextlib.closing(Ledgers(tables)) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of a service of the S3 type in this process."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_settings(
+    s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, str]]:
+    """Settings under which boto3 finds that service, in this process and its children."""
+    from tuner.stores import _bucket
+
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "not-so-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    _bucket._backend.cache_clear()
+    yield settings
+    _bucket._backend.cache_clear()
+
+
+@pytest.fixture
+def bucket(s3_settings: dict[str, str]) -> str:
+    """A place for artifacts in a new bucket, as ``--artifacts`` takes it."""
+    import boto3
+
+    name = f"tuner-test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}/some/prefix"

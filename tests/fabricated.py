@@ -6,7 +6,7 @@ import random
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -14,7 +14,9 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState
 
 from tuner import study as study_file
+from tuner.ledger import FencedStorage
 from tuner.session import Session
+from tuner.stores import FolderStore
 
 TEXT = """
 name = "{name}"
@@ -82,7 +84,7 @@ def empty_session(
     }
     for key, value in {**known, **facts}.items():
         study.set_user_attr(key, value)
-    return Session(file, study, folder)
+    return Session(file, study, FolderStore(folder), cast(FencedStorage, None))
 
 
 def add_trial(

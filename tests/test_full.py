@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sqlalchemy
 import torch
 from conftest import MakeSession
+from fleet import lease, run_next
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import artifacts
@@ -16,16 +18,9 @@ from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
 from tuner.pruning import Curve
 from tuner.recipe import Recipe
-from tuner.rungs import full
-from tuner.rungs.full import Outcome, run
+from tuner.rungs import training
+from tuner.rungs.full import Outcome
 from tuner.session import Session
-from tuner.tickets import claim
-
-
-def run_next(session: Session, data: Data, **kwargs: Any) -> Outcome:
-    trial = claim(session)
-    assert trial is not None
-    return run(session, trial, data, device="cpu", stop=kwargs.pop("stop", lambda: False), **kwargs)
 
 
 def stored(session: Session, number: int) -> FrozenTrial:
@@ -57,7 +52,7 @@ def test_metrics_can_be_recomputed_from_the_stored_logits(
 ) -> None:
     session = make_session()
     run_next(session, digits)
-    kept = artifacts.load_validation(session.trial_folder(0))
+    kept = artifacts.load_validation(session.trial_store(0))
     assert kept is not None
     recipe = Recipe.from_dict(stored(session, 0).user_attrs["recipe"])
     again = assess_validation(kept["logits"], digits, recipe)
@@ -82,7 +77,7 @@ def test_equivalent_recipe_is_answered_from_the_record(
     losses = {"cross_entropy": {}, "asymmetric": {"eps": 0.0, "gamma_neg": 4.0}}
     session = make_session(space={"loss": losses}, budget={"trials": 2, "epochs": 3})
     run_next(session, digits)
-    monkeypatch.setattr(full, "epochs", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "epochs", lambda *_, **__: pytest.fail("trained again"))
     outcome = run_next(session, digits)
     assert outcome.state == "duplicate"
     trial = stored(session, 1)
@@ -142,7 +137,7 @@ def _guessing(session: Session, data: Data) -> Outcome:
 def test_trial_far_behind_is_pruned_unless_it_belongs_to_the_control_group(
     make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(full, "is_behind", lambda *_, **__: True)
+    monkeypatch.setattr(training, "is_behind", lambda *_, **__: True)
     pruned = make_session(search={"control": 0.0, "prune_after": 0.5})
     run_next(pruned, digits)
     outcome = run_next(pruned, digits)
@@ -162,7 +157,7 @@ def test_error_in_the_code_fails_the_trial_and_keeps_the_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("somebody's bug")
 
-    monkeypatch.setattr(full, "epochs", broken)
+    monkeypatch.setattr(training, "epochs", broken)
     session = make_session()
     assert run_next(session, digits).reason == "code_error"
     trial = stored(session, 0)
@@ -179,28 +174,35 @@ def test_trials_that_break_the_floor_are_no_peers_to_prune_by(
         seen.append(len(peers))
         return False
 
-    monkeypatch.setattr(full, "is_behind", count)
+    monkeypatch.setattr(training, "is_behind", count)
     session = make_session(search={"control": 0.0}, budget={"trials": 4, "epochs": 4})
-    run_next(session, digits)
-    run_next(session, digits)
+    for _ in range(2):
+        run_next(session, digits)
     monkeypatch.setattr(Session, "keeps_floor", lambda *_: False)
     run_next(session, digits)
     assert seen == [0, 0, 1, 1, 0, 0]
 
 
-def test_trial_that_another_worker_ended_is_left_alone(
+def test_trial_that_went_to_another_worker_is_left_alone(
     make_session: MakeSession, digits: Data
 ) -> None:
     session = make_session()
-    trial = claim(session)
-    assert trial is not None
+    taken: list[Any] = []
 
     def steal(*_: object) -> None:
-        session.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if not taken:
+            held = session.ledger.attempts()[0]
+            assert session.ledger.reap([(held["worker_id"], held["generation"])]) == [0]
+            taken.append(lease(session))
 
-    outcome = run(session, trial, digits, device="cpu", stop=lambda: False, on_epoch=steal)
+    outcome = run_next(session, digits, on_epoch=steal)
     assert outcome.state == "lost"
-    assert stored(session, 0).state == TrialState.FAIL
+    trial = stored(session, 0)
+    assert trial.state == TrialState.RUNNING
+    assert sorted(trial.intermediate_values) == [0], "written before it was taken"
+    attempts = session.ledger.attempts(trial._trial_id)
+    assert [a["end"] for a in attempts] == ["lost", None]
+    assert attempts[1]["token"] == taken[0].token
 
 
 def test_what_the_user_can_cure_leaves_the_trial_waiting_for_the_cure(
@@ -209,7 +211,7 @@ def test_what_the_user_can_cure_leaves_the_trial_waiting_for_the_cure(
     def broken(*_: object, **__: object) -> None:
         raise DataError("photos/cat/7.jpg cannot be decoded")
 
-    monkeypatch.setattr(full, "epochs", broken)
+    monkeypatch.setattr(training, "epochs", broken)
     session = make_session()
     with pytest.raises(DataError, match=r"7\.jpg"):
         run_next(session, digits)
@@ -246,13 +248,13 @@ def test_stopped_trial_goes_back_and_ends_as_if_it_had_never_stopped(
         run_next(session, digits)
     assert run_next(session, digits, stop=lambda: True).state == "interrupted"
     assert stored(session, 2).state == TrialState.WAITING
-    assert artifacts.load_checkpoint(session.trial_folder(2), session.identity()) is not None
+    assert artifacts.CHECKPOINT in session.trial_store(2).keys("")
     assert run_next(session, digits).state == "complete"
     ours, theirs = stored(session, 2), stored(whole, 2)
     assert ours.params == theirs.params
     assert ours.intermediate_values == theirs.intermediate_values
     assert ours.user_attrs["metrics"] == theirs.user_attrs["metrics"]
-    assert not (session.trial_folder(2) / artifacts.CHECKPOINT).exists()
+    assert artifacts.CHECKPOINT not in session.trial_store(2).keys("")
 
 
 def test_weights_are_kept_of_the_best_trial_and_the_baseline_only(
@@ -263,8 +265,9 @@ def test_weights_are_kept_of_the_best_trial_and_the_baseline_only(
         run_next(session, digits)
     best = session.best()
     assert best is not None
-    kept = {int(p.parent.name[6:]) for p in session.folder.glob(f"trial-*/{artifacts.WEIGHTS}")}
-    assert kept == {0, best.number}
+    kept = [key for key in session.store.keys("trial-") if key.endswith(artifacts.WEIGHTS)]
+    numbers = sorted({0, best.number})
+    assert kept == [f"trial-{number:05d}/{artifacts.WEIGHTS}" for number in numbers]
 
 
 def test_baseline_is_plain_even_where_the_space_has_no_plain_choice(
@@ -293,3 +296,52 @@ def test_every_loss_trains_through_the_whole_path(
     )  # fmt: skip
     outcomes = [run_next(session, digits) for _ in range(2)]
     assert all(o.state in ("complete", "duplicate") for o in outcomes), outcomes
+
+
+def test_checkpoint_that_cannot_be_read_begins_at_epoch_0_and_the_record_says_so(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session()
+    assert run_next(session, digits, stop=lambda: True).state == "interrupted"
+    session.trial_store(0).write(artifacts.CHECKPOINT, b"not a checkpoint")
+    assert run_next(session, digits).state == "complete"
+    first, second = session.ledger.attempts()
+    assert (first["end"], first["reason"]) == ("preempted", "signal")
+    assert second["first_epoch"] == 0
+    assert second["note"].startswith("from epoch 0: ")
+    assert "not a readable checkpoint" in second["note"]
+
+
+def test_metric_vector_of_every_epoch_is_kept_once_however_often_it_was_trained(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session()
+    run_next(session, digits, stop=lambda: True)
+    run_next(session, digits)
+    trial = stored(session, 0)
+    rows = session.ledger.epochs(trial._trial_id)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    tails = [row["metrics"]["adjusted"]["tail_accuracy"] for row in rows]
+    assert tails == [trial.intermediate_values[epoch] for epoch in range(3)]
+    assert rows[-1]["metrics"] == trial.user_attrs["metrics"]
+    assert all(row["samples"] > 0 and row["seconds"] > 0 for row in rows[1:])
+
+
+def test_storage_that_is_away_for_a_while_costs_no_epoch(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_session(name="whole", budget={"trials": 4, "epochs": 5})
+    run_next(whole, digits)
+    session = make_session(budget={"trials": 4, "epochs": 5})
+    flush, calls = session.fenced.flush, []
+
+    def away(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if 2 <= len(calls) <= 4:
+            raise sqlalchemy.exc.OperationalError("UPDATE", {}, Exception("server went away"))
+        return flush(*arguments, **options)
+
+    monkeypatch.setattr(session.fenced, "flush", away)
+    assert run_next(session, digits).state == "complete"
+    assert stored(session, 0).intermediate_values == stored(whole, 0).intermediate_values
+    assert len(session.ledger.epochs(stored(session, 0)._trial_id)) == 5

@@ -29,7 +29,7 @@ def test_three_lines_plug_a_recipe_into_a_foreign_training_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session = make_session(budget={"trials": 2, "epochs": 3})
-    work(session, sqlite, digits)
+    work(session, digits)
     export(session, digits, tmp_path / "runs/digits/best", number=1)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from optuna.trial import FixedTrial
 from tuner import session as sessions
 from tuner.recipe import Recipe
 from tuner.rungs.full import Outcome
+from tuner.stores import FolderStore
 from tuner.study import StudyFile, load, parse
 from tuner.worker import work
 
@@ -103,13 +104,13 @@ def test_study_trains_its_first_trials(path: Path, tmp_path: Path, sqlite: str) 
     file = shortened(path)
     WRITERS[tomllib.loads(path.read_text())["data"]["name"]](tmp_path)
     data = file.data.build(tmp_path)
-    session = sessions.create(file, sqlite, tmp_path / "artifacts", data)
+    session = sessions.create(file, sqlite, FolderStore(tmp_path / "artifacts"), data)
     outcomes: list[Outcome] = []
 
     def trained() -> int:
         return sum(outcome.state == "complete" for outcome in outcomes)
 
-    work(session, sqlite, data, stop=lambda: trained() == 2, on_trial=outcomes.append)
+    work(session, data, stop=lambda: trained() == 2, on_trial=outcomes.append)
     assert {outcome.state for outcome in outcomes} <= {"complete", "duplicate"}
     assert (outcomes[0].state, len(outcomes)) in {("complete", 2), ("complete", 3)}
 

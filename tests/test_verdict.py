@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeSession
 
-from tuner import verdict
+from tuner import artifacts, verdict
 from tuner.datasets import Data
 from tuner.worker import work
 
@@ -15,7 +17,7 @@ from tuner.worker import work
 @pytest.fixture
 def decided(make_session: MakeSession, digits: Data, sqlite: str) -> dict[str, Any]:
     session = make_session(budget={"trials": 3, "epochs": 4})
-    work(session, sqlite, digits)
+    work(session, digits)
     found = verdict.decide(session, digits)
     assert found is not None
     return found
@@ -43,7 +45,7 @@ def test_answer_is_stored_and_the_test_part_not_looked_at_again(
 ) -> None:
     session = make_session(budget={"trials": 2, "epochs": 3})
     assert verdict.decide(session, digits) is None, "nothing is trained yet"
-    work(session, sqlite, digits)
+    work(session, digits)
     first = verdict.decide(session, digits)
     monkeypatch.setattr(verdict, "trained_lane", lambda *_: pytest.fail("looked again"))
     assert verdict.decide(session, digits) == first
@@ -53,13 +55,28 @@ def test_lost_weights_are_trained_again_to_the_same_answer(
     make_session: MakeSession, digits: Data, sqlite: str
 ) -> None:
     session = make_session(budget={"trials": 2, "epochs": 3})
-    work(session, sqlite, digits)
+    work(session, digits)
     baseline = session.baseline()
     assert baseline is not None
     kept = verdict.trained_lane(session, baseline, digits, "cpu")
-    path = session.trial_folder(0) / "model.safetensors"
-    path.unlink()
-    again = verdict.trained_lane(session, baseline, digits, "cpu")
-    images = digits.validation.images
-    assert again.logits(images).equal(kept.logits(images))
-    assert path.exists(), "what was trained again is kept"
+    store, images = session.trial_store(0), digits.validation.images
+    weights = store.read(artifacts.WEIGHTS)
+    for damage in (store.remove, lambda key: store.write(key, weights[:1000])):
+        damage(artifacts.WEIGHTS)
+        again = verdict.trained_lane(session, baseline, digits, "cpu")
+        assert again.logits(images).equal(kept.logits(images))
+        assert len(store.read(artifacts.WEIGHTS)) == len(weights), "trained again and kept"
+
+
+def test_store_out_of_reach_costs_training_again_and_no_answer(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(budget={"trials": 2, "epochs": 3})
+    work(session, digits)
+    expected = session.best()
+    shutil.rmtree(str(session.store))
+    Path(str(session.store)).write_text("a file where the folder was")
+    found = verdict.decide(session, digits)
+    assert found is not None
+    assert expected is not None
+    assert found["best"] == expected.number

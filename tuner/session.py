@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import optuna
+from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner import __version__
 from tuner.datasets import Data
-from tuner.errors import DataError, StorageError, TunerError, close_match
+from tuner.engines import make_engine, masked
+from tuner.errors import StorageError, close_match
 from tuner.evaluation import certainty
+from tuner.fit import check_data, check_fit
+from tuner.ledger import FencedStorage, Ledger, Limits, prepare
 from tuner.metrics import METRICS
-from tuner.seeding import seeded
-from tuner.storage import exclusive, masked, open_storage
+from tuner.proxy import RemoteLedger
+from tuner.remote import is_remote
+from tuner.storage import exclusive, lease_seconds, open_storage, opening
+from tuner.stores import Store
 from tuner.study import StudyFile, parse
 from tuner.tickets import fill_queue
+
+GOALS = ("gpu_hours", "hours", "target", "plateau")
+"""What ends a study by itself, as its budget says."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A study file joined with its study in the storage and the folder of its artifacts."""
+    """A study file joined with its study in the storage and the store of its artifacts."""
 
     file: StudyFile
     study: Study
-    folder: Path
+    store: Store
+    fenced: FencedStorage
     _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
 
-    def trial_folder(self, number: int) -> Path:
+    @property
+    def ledger(self) -> Ledger:
+        """Who works on which trial, and what the fleet was told."""
+        return self.fenced.ledger
+
+    def trial_store(self, number: int) -> Store:
         """Where the artifacts of a trial are kept."""
-        return self.folder / f"trial-{number:05d}"
+        return self.store.within(f"trial-{number:05d}")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in any of the states, or all of them; not copies, do not change them."""
@@ -96,20 +111,32 @@ class Session:
 
     def identity(self) -> dict[str, str]:
         """What files of this study are told apart by: its own id and that of its data."""
+        return dict(self._identity)
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
         attrs = self.study.user_attrs
         return {"study": attrs["study_id"], "fingerprint": attrs["fingerprint"]}
 
 
-def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
+def create(file: StudyFile, url: str, store: Store, data: Data) -> Session:
     """Create the study of ``file`` in the storage, or find it there, and fill its queue.
 
     Raises:
-        StorageError: The storage holds a study of that name with another study file.
+        StorageError: The storage holds a study of that name with another study file, or is a
+            proxy.
         DataError: The data are not those the study was created with.
     """
+    if is_remote(url):
+        raise StorageError(
+            f"a study is not created through the proxy {url}: create it with the database's URL, "
+            f"then workers may use the proxy: tuner worker {file.name} --storage {url}"
+        )
     check_fit(file, data)
     storage = open_storage(url)
+    engine = make_engine(url)
     with exclusive(url):
+        prepare(engine)
         study = optuna.create_study(
             study_name=file.name,
             storage=storage,
@@ -117,25 +144,48 @@ def create(file: StudyFile, url: str, folder: Path, data: Data) -> Session:
             load_if_exists=True,
         )
         attrs = study.user_attrs
+        changed = attrs.get("study_file") not in (None, file.text)
         if "study_digest" in attrs and attrs["study_digest"] != file.digest():
             raise StorageError(
                 f"study {file.name!r} in {masked(url)} was made from another study file; "
                 "give the changed file a new name, or use another storage"
             )
-        _check_data(attrs, data, file.name)
+        check_data(attrs, data, file.name)
         _describe(study, file, data)
-        session = Session(file, study, _own_folder(folder, study))
-        fill_queue(session)
+    ledger = Ledger(engine, study._study_id, **_terms(file))
+    session = _session(file, study, storage, ledger, store)
+    session.ledger.prepare()
+    if changed and session.ledger.order().reason in GOALS:
+        # A larger budget is what was asked for; what it still exceeds stops the study again.
+        session.ledger.give_order("run")
+    fill_queue(session)
     return session
 
 
-def join(name: str, url: str, folder: Path, *, writes: bool = True) -> Session:
+def _session(
+    file: StudyFile, study: Study, storage: BaseStorage, ledger: Ledger, store: Store
+) -> Session:
+    fenced = FencedStorage(storage, ledger)
+    own = Study(study_name=study.study_name, storage=fenced)
+    return Session(file, own, _own_store(store, study), fenced)
+
+
+def _terms(file: StudyFile) -> dict[str, Any]:
+    limits = Limits(gpu_hours=file.budget.gpu_hours, hours=file.budget.hours)
+    return {"limits": limits, "lease_seconds": lease_seconds()}
+
+
+def join(name: str, url: str, store: Store, *, writes: bool = True) -> Session:
     """Find a study by name in the storage, to work on it or (``writes=False``) to read it.
 
     Raises:
         StorageError: There is no such storage or study, or Tuner did not make it.
     """
     storage = open_storage(url, create=False, writes=writes)
+    engine = None if is_remote(url) else make_engine(url)
+    if writes and engine is not None:
+        with opening(url), exclusive(url):
+            prepare(engine)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise StorageError(f"no study {name!r} in {masked(url)}{close_match(name, names)}")
@@ -146,63 +196,20 @@ def join(name: str, url: str, folder: Path, *, writes: bool = True) -> Session:
     import tomllib
 
     file = parse(tomllib.loads(text), text, where=f"study {name}")
-    return Session(file, study, _own_folder(folder, study))
+    ledger = (
+        RemoteLedger(url, study._study_id, **_terms(file))
+        if engine is None
+        else Ledger(engine, study._study_id, **_terms(file))
+    )
+    session = _session(file, study, storage, ledger, store)
+    if writes:
+        session.ledger.prepare()
+    return session
 
 
-def check_data(session: Session, data: Data) -> None:
-    """Refuse to work on other data than the study's.
-
-    Raises:
-        DataError: The fingerprints differ.
-    """
-    _check_data(session.study.user_attrs, data, session.file.name)
-
-
-def _check_data(attrs: dict[str, Any], data: Data, name: str) -> None:
-    known = attrs.get("fingerprint")
-    if known is not None and known != data.fingerprint:
-        raise DataError(
-            f"the data are not those study {name!r} was created with (fingerprint "
-            f"{data.fingerprint[:12]}, the study has {known[:12]}); use the same files, "
-            "or give the study a new name"
-        )
-
-
-def check_fit(file: StudyFile, data: Data) -> None:
-    """Refuse what cannot work with these data, before anything is trained.
-
-    Raises:
-        DataError: The validation part cannot estimate the objective at all, or a test image
-            is broken.
-        TunerError: A model of the space cannot be built for these images.
-    """
-    counts = data.validation.targets.bincount(minlength=data.num_classes)
-    floor = file.objective.floor
-    for metric in [file.objective.metric, *([floor.metric] if floor else [])]:
-        classes = data.groups.named().get(metric.removesuffix("_accuracy"))
-        if classes is not None and not counts[list(classes)].any():
-            raise DataError(
-                f"objective {metric} cannot be estimated: no validation image is in its "
-                f"{len(classes)} classes; widen data.tail, or raise data.validation_fraction"
-            )
-    _check_models(file, data)
-    # Decodes the test images once, where they are few enough to be held in memory.
-    _ = data.test
-
-
-def _check_models(file: StudyFile, data: Data) -> None:
-    for params in file.space.variants("model"):
-        recipe = file.space.suggest(FixedTrial(params))
-        try:
-            with seeded("check"):
-                recipe.model.build(data.num_classes, data.image_shape, head=recipe.loss.head)
-        except TunerError as error:
-            raise TunerError(f"study {file.name}: model: {error}") from None
-
-
-def _own_folder(root: Path, study: Study) -> Path:
-    """Folder of a study's artifacts; studies of one name in two storages have two."""
-    return root / f"{study.study_name}-{study.user_attrs['study_id'][:8]}"
+def _own_store(root: Store, study: Study) -> Store:
+    """Store of a study's artifacts; studies of one name in two storages have two."""
+    return root.within(f"{study.study_name}-{study.user_attrs['study_id'][:8]}")
 
 
 def _describe(study: Study, file: StudyFile, data: Data) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,16 +11,29 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import NullPool
 
-from tuner.errors import StorageError
+from tuner.engines import (
+    SERVER,
+    arguments,
+    harden_sqlite,
+    insist,
+    is_busy,
+    make_single_engine,
+    masked,
+    parse_url,
+    without_password,
+)
+from tuner.errors import StorageError, TunerError
+from tuner.remote import is_remote, open_remote
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
-BUSY_SECONDS = 60
-
-log = logging.getLogger(__name__)
+LOCK_SECONDS = 60
+LOCK_TRIES = 20
+CAUSES = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 
 
 def storage_url(given: str | None) -> str:
@@ -31,12 +43,20 @@ def storage_url(given: str | None) -> str:
     )
 
 
-def masked(url: str) -> str:
-    """``url`` without its password, fit for messages and logs."""
+def lease_seconds() -> float:
+    """How long a worker may be silent before its trial is another's: ``TUNER_LEASE``, else 60.
+
+    Raises:
+        TunerError: ``TUNER_LEASE`` is no number of at least one second.
+    """
+    given = os.environ.get("TUNER_LEASE", "60")
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return "(a storage URL that cannot be parsed)"
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 86_400:
+        raise TunerError(f"TUNER_LEASE = {given!r}: must be seconds, at least 1; 60 is usual")
+    return seconds
 
 
 def open_storage(url: str, *, create: bool = True, writes: bool = True) -> BaseStorage:
@@ -46,33 +66,48 @@ def open_storage(url: str, *, create: bool = True, writes: bool = True) -> BaseS
     with Optuna's defaults, two processes can claim the same waiting trial. Who only reads says
     ``writes=False`` and does not get in the way of those who write. Other databases get
     a connection per transaction that is checked before use, so that idle workers hold none.
+    ``grpc://HOST:PORT`` is the storage behind a proxy.
 
     Raises:
         StorageError: The URL is no database URL, or the database cannot be reached or made;
             no message holds the password.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    parsed = _parse(url)
+    if is_remote(url):
+        return open_remote(url)
+    parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         _prepare_file(parsed, create)
-    try:
-        with exclusive(url):
-            storage = _rdb_storage(parsed, writes)
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, OSError, RuntimeError) as error:
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise StorageError(
-            f"cannot open the storage {masked(url)}: {_without_password(reason, parsed)}"
-        ) from None
+    with opening(url), exclusive(url):
+        storage = insist(lambda: _rdb_storage(parsed, writes), patience=LOCK_SECONDS, when=is_busy)
     return optuna.storages.get_storage(storage)
 
 
-def _parse(url: str) -> URL:
+@contextlib.contextmanager
+def opening(url: str) -> Iterator[None]:
+    """Turn what goes wrong inside into one message without the password.
+
+    Raises:
+        StorageError: Anything the database, its driver or the system said.
+    """
     try:
-        return make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+        yield
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        OptunaError,
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        parsed = parse_url(url)
+        cause = error.__cause__ if isinstance(error, OptunaError) else error
+        said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()
+        reason = said[0] if said else type(error).__name__
+        if isinstance(error, ImportError):
+            extra = "mysql" if parsed.get_backend_name() in ("mysql", "mariadb") else ""
+            reason += f"; pip install 'tuner[{extra}]'" if extra else ""
         raise StorageError(
-            "the storage is no database URL; give sqlite:///FILE.db or "
-            "postgresql+psycopg://USER@HOST/DATABASE with --storage or TUNER_STORAGE"
+            f"cannot open the storage {masked(url)}: {without_password(reason, parsed)}"
         ) from None
 
 
@@ -87,32 +122,26 @@ def _prepare_file(url: URL, create: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
+class _Storage(RDBStorage):
+    """Optuna's storage, but it does not go into a pickle with its password."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a storage is not pickled: it holds a password; open it anew")
+
+
 def _rdb_storage(url: URL, writes: bool) -> RDBStorage:
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    made = arguments(url)
+    sqlite = url.get_backend_name() == "sqlite"
+    if not sqlite:
+        made = {k: v for k, v in made.items() if k not in ("pool_size", "max_overflow")}
+        made["poolclass"] = NullPool
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if url.get_backend_name() == "sqlite":
-            arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}}
-            storage = RDBStorage(text, engine_kwargs=arguments)
-            _harden_sqlite(storage.engine, "IMMEDIATE" if writes else "DEFERRED")
-            return storage
-        arguments = {"poolclass": NullPool, "pool_pre_ping": True}
-        return RDBStorage(text, engine_kwargs=arguments)
-
-
-def _harden_sqlite(engine: sqlalchemy.Engine, mode: str) -> None:
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def _connect(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
-        connection.isolation_level = None
-
-    @sqlalchemy.event.listens_for(engine, "begin")
-    def _begin(connection: sqlalchemy.Connection) -> None:
-        connection.exec_driver_sql(f"BEGIN {mode}")
-
-    engine.dispose()
+        storage = _Storage(text, engine_kwargs=made)
+    if sqlite:
+        harden_sqlite(storage.engine, "IMMEDIATE" if writes else "DEFERRED")
+    return storage
 
 
 @contextlib.contextmanager
@@ -123,23 +152,30 @@ def exclusive(url: str) -> Iterator[None]:
     a study, filling its queue. SQLite: a lock file beside the database; PostgreSQL and MySQL:
     an advisory lock, freed by the server when the process dies.
     """
-    parsed = _parse(url)
-    backend = parsed.get_backend_name()
-    if backend == "sqlite":
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
         with _file_lock(Path(f"{parsed.database}.lock")):
             yield
         return
-    queries = {
-        "postgresql": "SELECT pg_advisory_lock(7483647)",
-        "mysql": "SELECT GET_LOCK('tuner', 60)",
-        "mariadb": "SELECT GET_LOCK('tuner', 60)",
-    }
-    if backend not in queries:
-        raise StorageError(f"{backend} is no storage Tuner knows; use SQLite, PostgreSQL or MySQL")
-    engine = sqlalchemy.create_engine(parsed, poolclass=NullPool)
-    with engine.connect() as connection:
-        connection.exec_driver_sql(queries[backend])
+    engine = make_single_engine(parsed)
+    with insist(engine.connect, patience=LOCK_SECONDS, when=is_busy) as connection:
+        _lock(connection, parsed)
         yield
+
+
+def _lock(connection: Connection, url: URL) -> None:
+    """Take the advisory lock of a database; it is free again once the connection is closed."""
+    if url.get_backend_name() == "postgresql":
+        connection.exec_driver_sql("SELECT pg_advisory_lock(7483647)")
+        return
+    # MySQL's locks are the server's, not the database's.
+    name = {"name": f"tuner {url.database}"[:64]}
+    for _ in range(LOCK_TRIES):
+        # Longer than this, and the driver takes the server for dead.
+        lock = sqlalchemy.text(f"SELECT GET_LOCK(:name, {SERVER['mysql']['read_timeout'] // 2})")
+        if connection.execute(lock, name).scalar() == 1:
+            return
+    raise StorageError(f"{masked(str(url))} stays locked by another process; try again")
 
 
 @contextlib.contextmanager
@@ -150,7 +186,3 @@ def _file_lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _without_password(text: str, url: URL) -> str:
-    return text.replace(str(url.password), "***") if url.password else text

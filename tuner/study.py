@@ -57,10 +57,19 @@ class Objective:
 
 @component
 class Budget:
-    """How much may be trained: trials (all of a grid when not given), epochs of each trial."""
+    """How much may be trained, by all workers together; whatever is reached first ends it.
+
+    ``trials`` (all of a grid when not given) of ``epochs`` each; ``gpu_hours`` of training summed
+    over the slots, GPU or not; ``hours`` on the clock since the first trial began; ``target``, a
+    value of the objective; ``plateau``, complete trials without a better one than before.
+    """
 
     trials: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
     epochs: Annotated[int, Field(ge=1, le=LARGEST)]
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    hours: Annotated[float, Field(gt=0)] | None = None
+    target: float | None = None
+    plateau: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
 
 
 @component
@@ -111,11 +120,12 @@ class StudyFile:
     text: str
 
     def digest(self) -> str:
-        """Hash of everything that changes results; the number of trials may grow freely."""
+        """Hash of everything that changes results; how many trials there are may change."""
         import tomllib
 
         values = tomllib.loads(self.text)
-        values.get("budget", {}).pop("trials", None)
+        for key in ("trials", "gpu_hours", "hours", "target", "plateau"):
+            values.get("budget", {}).pop(key, None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def trials(self) -> int:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from tuner.search import algorithm
-from tuner.seeding import derive_seed
+from tuner.ledger import Lease
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
@@ -25,8 +17,7 @@ if TYPE_CHECKING:
 Ticket = tuple[dict[str, Any], dict[str, Any]]
 """Optuna parameters that are fixed beforehand, and user attributes."""
 
-AHEAD = 64
-GRACE_SECONDS = 60
+AHEAD = 256
 MAX_BASELINES = 3
 CALMER = 0.3
 
@@ -36,20 +27,54 @@ def fill_queue(session: Session) -> int:
 
     First the plain cross-entropy baseline, then one published default per loss, then the grid
     or free tickets for the algorithm. The progressive strategy's tickets are due rung by rung.
-    At most ``AHEAD`` are put at a time: Optuna reads all waiting trials whenever it reads any.
-    Call it under ``storage.exclusive``, so that nothing is queued twice.
+    At most ``AHEAD`` wait at a time, and none are put while half as many do. Any number of
+    workers may call it at once: the tickets are queued only if nobody queued any since the
+    trials were read.
     """
-    trials = [t for t in session.trials() if "again" not in t.user_attrs]
-    have = Counter(t.user_attrs.get("rung") for t in trials)
+    while True:
+        trials = session.trials()
+        due = _due(session, trials)
+        if not due or session.ledger.enqueue(due, len(trials)):
+            return len(due)
+
+
+def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
+    waiting = sum(t.state == TrialState.WAITING for t in trials)
+    # Many workers come together when the queue runs dry: it is filled once, not topped up by each.
+    room = AHEAD - waiting if waiting <= AHEAD // 2 else 0
+    have = Counter(t.user_attrs.get("rung") for t in trials if not beyond_budget(t))
     due = []
     for params, attrs in _tickets(session):
         have[attrs.get("rung")] -= 1
         if have[attrs.get("rung")] < 0:
             due.append((params, attrs))
-    due = due[:AHEAD] + _another_baseline(session)
-    for params, attrs in due:
-        session.study.enqueue_trial(params, user_attrs=attrs)
-    return len(due)
+    return due[:room] + _another_baseline(session)
+
+
+def beyond_budget(trial: FrozenTrial) -> bool:
+    """Whether a trial takes the place of another one that failed."""
+    return "again" in trial.user_attrs or "retry_of" in trial.user_attrs
+
+
+def retry_failed(session: Session) -> list[int]:
+    """Queue every failed trial that was not yet queued again; the numbers of those that failed.
+
+    A trial that ended stays as it is, in Optuna too: its parameters get a new trial, which does
+    not count against the budget.
+    """
+    while True:
+        trials = session.trials()
+        again = {t.user_attrs.get("retry_of") for t in trials}
+        failed = [t for t in trials if t.state == TrialState.FAIL and t.number not in again]
+        if session.ledger.enqueue([_retry(trial) for trial in failed], len(trials)):
+            return [trial.number for trial in failed]
+
+
+def _retry(trial: FrozenTrial) -> Ticket:
+    kept = ("baseline", "preset", "rung")
+    attrs = {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
+    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    return params, attrs | {"retry_of": trial.number}
 
 
 def _another_baseline(session: Session) -> list[Ticket]:
@@ -141,69 +166,14 @@ def ladder_state(session: Session) -> str | None:
     )
 
 
-def claim(session: Session) -> Trial | None:
-    """Take the next ticket, a baseline first; None when none is waiting.
+def next_lease(session: Session, worker: tuple[str, int]) -> Lease | None:
+    """Claim the worker's own trial or the next ticket, queueing more when there are due ones.
 
-    Exactly one process gets a ticket. It signs it before anything that takes time.
+    None when there is nothing to claim at this moment, or the fleet was told not to work.
     """
-    storage, study = session.study._storage, session.study
-    tickets = session.trials(TrialState.WAITING)
-    for waiting in sorted(tickets, key=lambda t: (not t.user_attrs.get("baseline"), t.number)):
-        with contextlib.suppress(UpdateFinishedTrialError):
-            if storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
-                storage.set_trial_user_attr(waiting._trial_id, "worker", worker_name())
-                seed = derive_seed(session.file.search.seed, "search", waiting.number)
-                study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
-                return Trial(study, waiting._trial_id)
-    return None
-
-
-def requeue(session: Session, trial_id: int) -> None:
-    """Put a running trial back in the queue; it keeps its parameters and its checkpoint.
-
-    Its signature goes first, so that the next worker's claim is not taken for the old one's. A
-    trial that ended meanwhile stays ended.
-    """
-    storage = session.study._storage
-    with contextlib.suppress(UpdateFinishedTrialError):
-        storage.set_trial_user_attr(trial_id, "worker", None)
-        storage.set_trial_state_values(trial_id, TrialState.WAITING)
-
-
-def requeue_orphans(session: Session) -> list[int]:
-    """Put back the running trials of workers of this machine that are gone; their numbers.
-
-    Call it under ``storage.exclusive``.
-    """
-    gone = [t for t in session.trials(TrialState.RUNNING) if _is_orphan(t)]
-    for trial in gone:
-        requeue(session, trial._trial_id)
-    return [trial.number for trial in gone]
-
-
-def worker_name() -> str:
-    """This process: host, process number and the moment it started, as JSON text."""
-    pid = os.getpid()
-    return json.dumps([socket.gethostname(), pid, _started(pid)])
-
-
-def _is_orphan(trial: FrozenTrial) -> bool:
-    """Whether the worker of a running trial, if it was one of this machine, is gone.
-
-    A worker killed before it could sign its trial is taken for gone after a minute.
-    """
-    worker = trial.user_attrs.get("worker")
-    if worker is None:
-        started = trial.datetime_start
-        return started is None or (datetime.now() - started).total_seconds() > GRACE_SECONDS
-    host, pid, started_at = json.loads(worker)
-    return bool(host == socket.gethostname() and _started(pid) != started_at)
-
-
-def _started(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None when there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return stat.rpartition(")")[2].split()[19]
+    lease = session.ledger.claim(worker)
+    if lease is None and session.ledger.order().state == "run":
+        fill_queue(session)
+        # Should another worker have filled it, there is something to claim as well.
+        lease = session.ledger.claim(worker)
+    return lease

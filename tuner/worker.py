@@ -6,37 +6,44 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
-from optuna.trial import Trial, TrialState
+from optuna.trial import TrialState
 
 from tuner.datasets import Data
 from tuner.errors import TunerError
-from tuner.rungs.full import Outcome, run
-from tuner.session import Session, check_data
-from tuner.storage import exclusive
-from tuner.tickets import claim, fill_queue, requeue_orphans
-from tuner.trainer import EpochResult
+from tuner.fit import check_data
+from tuner.goals import stop_if_reached
+from tuner.ledger import Ledger, Order, WorkerAliveError
+from tuner.pulse import Pulse, facts, is_gone
+from tuner.rungs.full import OnEpoch, Outcome, Slot, run
+from tuner.rungs.peers import Peers
+from tuner.session import Session
+from tuner.tickets import next_lease
 
-MAX_CODE_ERRORS = 3
 WAIT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Whether somebody asked to stop: Ctrl-C or SIGTERM once; a second time stops at once."""
+    """Whether somebody asked to stop: Ctrl-C or SIGTERM once; a second time stops at once.
 
-    def __init__(self) -> None:
+    ``quiet`` leaves it to somebody else to say so.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.asked = False
+        self.quiet = quiet
         self.owner = os.getpid()
 
     def __call__(self) -> bool:
-        """Whether to stop after the epoch at hand."""
+        """Whether to stop after the step at hand."""
         return self.asked
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
@@ -48,10 +55,11 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        log.warning(
-            "%s: finishing the epoch and keeping the trial; once more stops at once",
-            signal.Signals(number).name,
-        )
+        if not self.quiet:
+            log.warning(
+                "%s: finishing the step and keeping the trial; once more stops at once",
+                signal.Signals(number).name,
+            )
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:
@@ -67,65 +75,122 @@ class StopRequest:
 
 def work(
     session: Session,
-    url: str,
     data: Data,
     *,
     device: str = "cpu",
+    name: str | None = None,
+    threads: int = 1,
+    wait: bool = True,
     stop: Callable[[], bool] = lambda: False,
-    on_epoch: Callable[[Trial, EpochResult, float], None] = lambda *_: None,
+    on_epoch: OnEpoch = lambda *_: None,
     on_trial: Callable[[Outcome], None] = lambda _: None,
 ) -> int:
-    """Run trials until no ticket is left or ``stop`` says so; the number that ended here.
+    """Run trials until the study has none left or ``stop`` says so; the number that ended here.
+
+    Args:
+        session: The study.
+        data: Its data, on ``device``.
+        device: Where to train.
+        name: Under which name to work; a worker that comes back under its name gets its trial
+            back. By default one that nobody else has.
+        threads: Threads for the processor. More make small models slower, up to 50-fold when
+            processes share cores.
+        wait: Whether to stay while others train the last trials, should they get lost.
+        stop: Asked after every step.
+        on_epoch: Called after every epoch with the trial, the result and the objective.
+        on_trial: Called when a trial ended here.
 
     Raises:
         DataError: The data are not the study's.
-        TunerError: Three trials in a row failed with an error in the code.
+        TunerError: Three trials in a row failed with one error, or the name is taken.
     """
-    check_data(session, data)
-    _put_orphans_back(session, url)
-    # More threads make these small models slower, up to 50-fold when processes share cores.
-    torch.set_num_threads(1)
-    ended, code_errors = 0, 0
-    while not stop():
-        trial = next_ticket(session, url, stop)
-        if trial is None:
-            break
-        outcome = run(session, trial, data, device=device, stop=stop, on_epoch=on_epoch)
-        on_trial(outcome)
-        ended += outcome.state not in ("interrupted", "lost")
-        code_errors = code_errors + 1 if outcome.reason == "code_error" else 0
-        if code_errors == MAX_CODE_ERRORS:
-            raise TunerError(f"three trials in a row failed; the last one with:\n{outcome.detail}")
+    check_data(session.study.user_attrs, data, session.file.name)
+    torch.set_num_threads(threads)
+    stop_if_reached(session)
+    worker = enter(session.ledger, name, device)
+    with Pulse(session.ledger, worker) as pulse:
+        slot = Slot(session, pulse, data, device, Peers(session))
+        ended = _work(slot, wait, stop, on_epoch, on_trial)
+    session.ledger.leave(worker)
+    raise_if_broken(session, session.ledger.order())
     return ended
 
 
-def next_ticket(session: Session, url: str, stop: Callable[[], bool]) -> Trial | None:
-    """Claim a ticket; None when the study is done.
+def _work(
+    slot: Slot,
+    wait: bool,
+    stop: Callable[[], bool],
+    on_epoch: OnEpoch,
+    on_trial: Callable[[Outcome], None],
+) -> int:
+    pulse, ended = slot.pulse, 0
+    while not stop() and not pulse.superseded:
+        lease = next_lease(slot.session, pulse.worker)
+        if lease is None:
+            if _is_over(slot.session, wait):
+                break
+            time.sleep(WAIT_SECONDS)
+            continue
+        pulse.hold(lease)
+        outcome = run(slot, lease, stop=stop, on_epoch=on_epoch)
+        pulse.drop()
+        if outcome.state == "complete":
+            stop_if_reached(slot.session)
+        on_trial(outcome)
+        ended += outcome.state not in ("interrupted", "lost")
+    if pulse.superseded:
+        log.warning("another process works as %s now; this one leaves", pulse.worker[0])
+    return ended
 
-    A strategy that queues its tickets rung by rung waits for the trials other workers run.
+
+def _is_over(session: Session, wait: bool) -> bool:
+    """Whether there will be nothing to do, or somebody said so, once no ticket is to be had."""
+    order = session.ledger.order()
+    if order.state != "run":
+        return order.state == "stop"
+    return not (session.ledger.running() and wait)
+
+
+def raise_if_broken(session: Session, order: Order) -> None:
+    """Say so when the fleet was told to stop because every trial fails alike.
+
+    Raises:
+        TunerError: It was; the text holds the traceback.
     """
+    if order.state == "stop" and order.reason == "code_error":
+        raise TunerError(
+            "three trials in a row failed with the same error, so the study is stopped; cure it, "
+            f"then: tuner resume {session.file.name}\n{order.detail}"
+        )
+
+
+def enter(ledger: Ledger, name: str | None, device: str) -> tuple[str, int]:
+    """Enter a worker into the ledger; its name and generation.
+
+    A name whose process died is taken over. A name that is alive elsewhere may be about to
+    leave: it is waited for until it shows a sign of life.
+
+    Raises:
+        TunerError: The name belongs to a worker that is alive.
+    """
+    worker_id = name or f"{socket.gethostname()}-{os.getpid()}-{os.urandom(2).hex()}"
+    seen: float | None = None
     while True:
-        trial = claim(session)
-        if trial is not None:
-            return trial
-        with exclusive(url):
-            filled = fill_queue(session)
-        if filled:
-            continue
-        if _put_orphans_back(session, url):
-            continue
-        others = session.trials(TrialState.RUNNING)
-        if session.file.search.strategy == "plain" or not others or stop():
-            return None
+        try:
+            return worker_id, ledger.register(worker_id, facts(device))
+        except WorkerAliveError as error:
+            row = error.row
+        if is_gone(row):
+            return worker_id, ledger.register(worker_id, facts(device), dead=True)
+        if seen is not None and row["heartbeat_at"] > seen:
+            raise TunerError(
+                f"a worker {worker_id} is at work on {row['host']} (process {row['pid']}); "
+                "give this one another --id, or stop that one"
+            )
+        if seen is None:
+            log.warning("a worker %s was here a moment ago; waiting until it is gone", worker_id)
+            seen = row["heartbeat_at"]
         time.sleep(WAIT_SECONDS)
-
-
-def _put_orphans_back(session: Session, url: str) -> list[int]:
-    with exclusive(url):
-        numbers = requeue_orphans(session)
-    for number in numbers:
-        log.warning("trial %d lost its worker; it goes on from its last checkpoint", number)
-    return numbers
 
 
 def progress(session: Session) -> dict[str, Any]:

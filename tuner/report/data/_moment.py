@@ -61,7 +61,7 @@ def still(session: Session) -> Session:
     if isinstance(session, _StillSession):
         return session
     study = _StillStudy(session.trials(), dict(session.study.user_attrs))
-    return _StillSession(session.file, cast("Study", study), session.folder)
+    return _StillSession(session.file, cast("Study", study), session.store, session.fenced)
 
 
 def started(session: Session) -> list[FrozenTrial]:

@@ -1,0 +1,92 @@
+"""A study ends by its budget, whichever part of it is reached first, for the whole fleet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import MakeSession
+from fleet import claim, lease
+from optuna.trial import TrialState
+
+from tuner.datasets import Data
+from tuner.goals import reached, stop_if_reached
+from tuner.session import Session
+from tuner.worker import work
+
+
+def finish(session: Session, tail: float, overall: float = 0.9) -> None:
+    trial = claim(session)
+    assert trial is not None
+    metrics = {"tail_accuracy": tail, "accuracy": overall, "balanced_accuracy": overall}
+    trial.set_user_attr("metrics", {"raw": metrics, "adjusted": metrics})
+    session.study.tell(trial, tail)
+
+
+def test_target_is_reached_by_a_trial_that_keeps_the_floor(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.8})
+    finish(session, 0.5)
+    finish(session, 0.95, overall=0.3)
+    assert reached(session) is None, "it breaks the floor"
+    finish(session, 0.8)
+    assert reached(session) == ("target", "trial 2 reached 0.8000")
+
+
+def test_plateau_counts_the_trials_since_the_best(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "plateau": 3})
+    for tail in (0.5, 0.7, 0.6, 0.6):
+        finish(session, tail)
+    assert reached(session) is None
+    finish(session, 0.65)
+    goal = reached(session)
+    assert goal is not None
+    assert goal[0] == "plateau"
+
+
+def test_reached_goal_stops_everybody_and_no_ticket_is_given_out(
+    make_session: MakeSession,
+) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.4})
+    finish(session, 0.5)
+    stop_if_reached(session)
+    assert session.ledger.order().reason == "target"
+    assert lease(session) is None
+
+
+def test_worker_stops_at_the_target_and_leaves_the_rest_waiting(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(budget={"trials": 4, "epochs": 3, "target": 0.01})
+    assert work(session, digits) == 1
+    states = [t.state for t in session.trials()]
+    assert states == [TrialState.COMPLETE, *[TrialState.WAITING] * 3]
+
+
+@pytest.mark.parametrize("limit", ["gpu_hours", "hours"])
+def test_time_that_is_used_up_stops_within_an_epoch_and_keeps_the_trial(
+    limit: str, make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(budget={"trials": 4, "epochs": 500, limit: 0.3 / 3600})
+    assert work(session, digits) == 0
+    assert session.ledger.order().reason == limit
+    assert {t.state for t in session.trials()} == {TrialState.WAITING}
+    (attempt,) = session.ledger.attempts()
+    assert (attempt["end"], attempt["reason"]) == ("preempted", f"stop: {limit}")
+    assert 0 < attempt["seconds"] < 3
+
+
+def test_larger_budget_lets_a_study_that_had_reached_its_goal_go_on(
+    make_session: MakeSession,
+) -> None:
+    budget: dict[str, Any] = {"trials": 9, "epochs": 3, "target": 0.4}
+    session = make_session(budget=budget)
+    finish(session, 0.5)
+    stop_if_reached(session)
+    assert make_session(budget=budget).ledger.order().state == "stop"
+    assert make_session(budget=budget | {"target": 0.9}).ledger.order().state == "run"
+
+
+def test_order_to_stop_is_not_undone_by_a_larger_budget(make_session: MakeSession) -> None:
+    make_session().ledger.give_order("stop", "asked for")
+    again = make_session(budget={"trials": 9, "epochs": 3})
+    assert again.ledger.order().state == "stop"

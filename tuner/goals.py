@@ -1,0 +1,43 @@
+"""What ends a study before its trials are spent: a value that is reached, or no progress."""
+
+from __future__ import annotations
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.metrics import METRICS
+from tuner.session import Session
+
+
+def reached(session: Session) -> tuple[str, str] | None:
+    """The goal a study has reached, and how, in words; None while there is none."""
+    budget, best = session.file.budget, session.best()
+    if best is None or not session.keeps_floor(best):
+        return None
+    if budget.target is not None and _at_least(session, best.values[0], budget.target):
+        return "target", f"trial {best.number} reached {best.values[0]:.4f}"
+    if budget.plateau is not None:
+        since = _since(session, best)
+        if since >= budget.plateau:
+            return "plateau", f"{since} complete trials were not better than trial {best.number}"
+    return None
+
+
+def _at_least(session: Session, value: float, target: float) -> bool:
+    maximize = METRICS[session.file.objective.metric] == "maximize"
+    return value >= target if maximize else value <= target
+
+
+def _since(session: Session, best: FrozenTrial) -> int:
+    """Complete trials, but for copies, that ended after the best one."""
+    complete = [
+        t for t in session.trials(TrialState.COMPLETE) if "duplicate_of" not in t.user_attrs
+    ]
+    complete.sort(key=lambda t: (t.datetime_complete, t.number))
+    return len(complete) - 1 - [t.number for t in complete].index(best.number)
+
+
+def stop_if_reached(session: Session) -> None:
+    """Tell the fleet to stop when a goal is reached."""
+    goal = reached(session)
+    if goal is not None:
+        session.ledger.give_order("stop", *goal, unless_given=True)

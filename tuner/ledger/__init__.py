@@ -1,0 +1,34 @@
+"""Attempts, leases, workers, epochs and orders: our tables, and fenced writes to Optuna's."""
+
+from tuner.ledger._changes import (
+    Changes,
+    Lease,
+    LeaseLostError,
+    Limits,
+    Order,
+    SupersededError,
+    WorkerAliveError,
+)
+from tuner.ledger._clock import read_now
+from tuner.ledger._fenced import FencedStorage
+from tuner.ledger._ledger import LEASE_SECONDS, Ledger
+from tuner.ledger._schema import newest, prepare, version
+from tuner.ledger._tables import clocks
+
+__all__ = [
+    "LEASE_SECONDS",
+    "Changes",
+    "FencedStorage",
+    "Lease",
+    "LeaseLostError",
+    "Ledger",
+    "Limits",
+    "Order",
+    "SupersededError",
+    "WorkerAliveError",
+    "clocks",
+    "newest",
+    "prepare",
+    "read_now",
+    "version",
+]

@@ -1,0 +1,115 @@
+"""The trials of a study as one process knows them: those that ended are read once."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import Connection
+
+from tuner.ledger import _frozen
+from tuner.ledger._optuna import FINISHED, TRIALS
+
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+by_number = attrgetter("number")
+
+
+class History:
+    """Trials of one study, read piece by piece.
+
+    Reading again costs what is new and what ended since, not what ended before: a trial that
+    ended never changes.
+    """
+
+    def __init__(self, study_id: int) -> None:
+        self.study_id = study_id
+        self.known: dict[int, FrozenTrial] = {}
+        # All trials up to this id ended and are known. They become visible in the order of ids.
+        self.mark = 0
+        self._lists: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
+
+    def read_ended(self, connection: Connection) -> None:
+        """Take in the trials that ended since the last time."""
+        where = {"study": self.study_id, "mark": self.mark}
+        rows = connection.execute(_ended(), where).all()
+        new = [trial_id for trial_id, _ in rows if trial_id not in self.known]
+        for trial in _frozen.read(connection, new):
+            self._add(trial)
+        if rows:
+            self.mark = rows[-1].trial_id if rows[0].first is None else rows[0].first - 1
+
+    def _add(self, trial: FrozenTrial) -> None:
+        self.known[trial._trial_id] = trial
+        for states, found in self._lists.items():
+            if trial.state in states:
+                insort(found, trial, key=by_number)
+
+    def _known_in(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Ended trials in any of the states by number; sorted once, then kept up to date."""
+        if states not in self._lists:
+            found = (trial for trial in self.known.values() if trial.state in states)
+            self._lists[states] = sorted(found, key=by_number)
+        return self._lists[states].copy()
+
+    def ended_after(
+        self, mark: int, have: Iterable[int], most: int
+    ) -> tuple[list[FrozenTrial], int]:
+        """What somebody lacks who knows all trials up to ``mark``, and those it ``have``s.
+
+        Returns:
+            At most ``most`` trials, and how far it knows all of them once it has these.
+        """
+        known = set(have)
+        lacking = sorted(i for i in self.known if i > mark and i not in known)
+        page = lacking[:most]
+        whole = len(page) == len(lacking)
+        return [self.known[i] for i in page], self.mark if whole else min(page[-1], self.mark)
+
+    def unfinished(self, connection: Connection, states: Iterable[TrialState]) -> list[FrozenTrial]:
+        """Trials that wait or run at this moment."""
+        wanted = tuple(states)
+        where = {"study": self.study_id, "mark": self.mark, "states": wanted}
+        ids = connection.execute(_open(), where).scalars().all()
+        return [trial for trial in _frozen.read(connection, ids) if trial.state in wanted]
+
+    def trials(
+        self, connection: Connection, states: tuple[TrialState, ...] | None
+    ) -> list[FrozenTrial]:
+        """Trials in any of ``states``, or all, by number."""
+        wanted = tuple(TrialState) if states is None else states
+        open_ = [state for state in wanted if state in UNFINISHED]
+        # What ends between the two reads is in both of them, and never in none.
+        rest = self.unfinished(connection, open_) if open_ else []
+        self.read_ended(connection)
+        found = self._known_in(tuple(state for state in wanted if state in FINISHED))
+        if not rest:
+            return found
+        found += [trial for trial in rest if trial._trial_id not in self.known]
+        return sorted(found, key=by_number)
+
+
+def _own() -> sa.ColumnElement[bool]:
+    after = TRIALS.c.trial_id > sa.bindparam("mark", type_=sa.Integer)
+    return (TRIALS.c.study_id == sa.bindparam("study", type_=sa.Integer)) & after
+
+
+@cache
+def _ended() -> sa.Select[Any]:
+    """Ids of ended trials beyond the mark, each beside that of the first one that has not ended.
+
+    One statement, so that nothing ends between the two.
+    """
+    first = sa.select(sa.func.min(TRIALS.c.trial_id)).where(_own(), TRIALS.c.state.in_(UNFINISHED))
+    columns = sa.select(TRIALS.c.trial_id, first.scalar_subquery().label("first"))
+    return columns.where(_own(), TRIALS.c.state.in_(FINISHED)).order_by(TRIALS.c.trial_id)
+
+
+@cache
+def _open() -> sa.Select[Any]:
+    wanted = TRIALS.c.state.in_(sa.bindparam("states", expanding=True))
+    return sa.select(TRIALS.c.trial_id).where(_own(), wanted).order_by(TRIALS.c.trial_id)

@@ -1,0 +1,208 @@
+"""Tickets and attempts: claim, renew, write, release, finish; each within a transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+from sqlalchemy.engine import Connection, Row
+
+from tuner.ledger import _optuna, _statements
+from tuner.ledger._changes import Changes, Lease, LeaseLostError
+from tuner.ledger._optuna import STEPS, TRIALS
+from tuner.ledger._reap import lose, spend
+from tuner.ledger._tables import attempts, epochs
+
+SAME_ERRORS = 3
+
+
+def claim(
+    connection: Connection,
+    study_id: int,
+    worker: tuple[str, int],
+    lease_seconds: float,
+    mark: int = 0,
+) -> Lease | None:
+    """Give the worker (name, generation) its own trial back, or the next ticket; None: no more.
+
+    All trials up to ``mark`` are known to have ended.
+    """
+    own = {"of_study": study_id, "of_worker": worker[0]}
+    for row in connection.execute(_statements.held(), own).all():
+        if row.generation == worker[1]:
+            # The claim was written, but its answer did not arrive.
+            return _lease(connection, row)
+        if lose(connection, row, "worker restarted"):
+            taken = _take(connection, study_id, row.trial_id, worker, lease_seconds)
+            if taken is not None:
+                return taken
+    waiting = _statements.waiting(connection.dialect.name)
+    later = {"of_study": study_id, "of_later_than": mark}
+    for trial_id in connection.execute(waiting, later).scalars().all():
+        taken = _take(connection, study_id, trial_id, worker, lease_seconds)
+        if taken is not None:
+            return taken
+    return None
+
+
+def _take(
+    connection: Connection,
+    study_id: int,
+    trial_id: int,
+    worker: tuple[str, int],
+    lease_seconds: float,
+) -> Lease | None:
+    """Start an attempt at a trial, if it still waits."""
+    found = connection.execute(_statements.ticket(connection.dialect.name), {"of_trial": trial_id})
+    ticket = found.one()
+    if not _optuna.start(connection, trial_id, ticket.at):
+        return None
+    values = {
+        "study_id": study_id,
+        "trial_id": trial_id,
+        "attempt": ticket.earlier + 1,
+        "worker_id": worker[0],
+        "generation": worker[1],
+    }
+    times = dict.fromkeys(("claimed_at", "heartbeat_at"), ticket.at)
+    lease = {"holds": trial_id, "lease_until": ticket.at + lease_seconds}
+    done = connection.execute(sa.insert(attempts), values | times | lease)
+    key: Any = done.inserted_primary_key
+    if ticket.started_at is None:
+        first = {"of_study": study_id, "started_at": ticket.at}
+        connection.execute(_statements.starting(), first)
+    return Lease(token=key[0], number=ticket.number, **values)
+
+
+def _lease(connection: Connection, row: Row[Any]) -> Lease:
+    number = sa.select(TRIALS.c.number).where(TRIALS.c.trial_id == row.trial_id)
+    return Lease(
+        token=row.token,
+        study_id=row.study_id,
+        trial_id=row.trial_id,
+        number=connection.execute(number).scalar_one(),
+        attempt=row.attempt,
+        worker_id=row.worker_id,
+        generation=row.generation,
+    )
+
+
+def write(
+    connection: Connection,
+    lease: Lease,
+    changes: Changes,
+    lease_seconds: float,
+    progress: dict[str, Any],
+) -> None:
+    """Write changes and renew the lease, or raise.
+
+    Raises:
+        LeaseLostError: The lease is not held any more.
+    """
+    reported = {f"of_epoch_{i}": epoch for i, epoch in enumerate(changes.epochs)}
+    last = {"epoch": max(changes.epochs)} if changes.epochs else {}
+    renewing = _statements.renewing(connection.dialect.name, len(reported))
+    values = {"of_seconds": lease_seconds, **reported, **last, **progress}
+    if not _hold(connection, lease, renewing, values):
+        raise lost(lease)
+    _record(connection, lease, changes)
+
+
+def renew(connection: Connection, lease: Lease, lease_seconds: float) -> bool:
+    """Renew the lease; whether it is still held."""
+    renewing = _statements.renewing(connection.dialect.name, 0)
+    return _hold(connection, lease, renewing, {"of_seconds": lease_seconds})
+
+
+def lost(lease: Lease) -> LeaseLostError:
+    """What to raise when a lease is not held any more."""
+    return LeaseLostError(f"trial {lease.number} is not this worker's any more")
+
+
+def _hold(connection: Connection, lease: Lease, change: sa.Update, values: dict[str, Any]) -> bool:
+    """Change the attempt, which locks its row; whether it still holds its trial."""
+    own = {"of_token": lease.token, "of_trial": lease.trial_id}
+    return connection.execute(change, own | values).rowcount == 1
+
+
+def _record(connection: Connection, lease: Lease, changes: Changes) -> None:
+    _optuna.write(connection, lease.trial_id, changes)
+    rows = [
+        {
+            "trial_id": lease.trial_id,
+            "epoch": epoch,
+            "token": lease.token,
+            "seconds": facts["seconds"],
+            "samples": facts["samples"],
+            "metrics": json.dumps(facts["metrics"]),
+        }
+        for epoch, facts in changes.epochs.items()
+    ]
+    _optuna.upsert(connection, epochs, ("trial_id", "epoch"), rows, timed="recorded_at")
+
+
+def finish(
+    connection: Connection,
+    lease: Lease,
+    changes: Changes,
+    *,
+    state: TrialState,
+    values: Sequence[float] | None = None,
+    end: str,
+    reason: str | None = None,
+    detail: str | None = None,
+    progress: dict[str, Any],
+) -> None:
+    """End the attempt, and the trial with it: ``WAITING`` puts it back into the queue.
+
+    Raises:
+        LeaseLostError: The lease is not held any more.
+    """
+    found = connection.execute(
+        _statements.attempt(connection.dialect.name), {"of_token": lease.token}
+    )
+    known = found.one()
+    if known.holds is None and known.end == end:
+        # It was written, but the answer did not arrive.
+        return
+    ended = {"holds": None, "ended_at": known.at, "end": end, "reason": reason, "detail": detail}
+    if changes.epochs:
+        ended["epoch"] = max(changes.epochs)
+    then = {**ended, **progress, "heartbeat_at": known.at}
+    if not _hold(connection, lease, _statements.holding(), then):
+        raise lost(lease)
+    _record(connection, lease, changes)
+    if state == TrialState.WAITING:
+        _optuna.put_back(connection, lease.trial_id)
+    else:
+        if lease.attempt > 1:
+            _trim(connection, lease.trial_id, ended.get("epoch", known.epoch))
+        if not _optuna.end(connection, lease.trial_id, state, values, known.at):
+            raise lost(lease)
+    # Last: all workers of a study change this row, and wait until its lock is gone.
+    spend(connection, lease.study_id, progress.get("seconds", known.seconds))
+
+
+def _trim(connection: Connection, trial_id: int, last: int | None) -> None:
+    """Forget epochs beyond the last one that counts: an attempt that was lost reached them."""
+    for table, step in ((STEPS, STEPS.c.step), (epochs, epochs.c.epoch)):
+        if last is not None:
+            connection.execute(sa.delete(table).where(table.c.trial_id == trial_id, step > last))
+
+
+def same_error(connection: Connection, study_id: int, signature: str) -> bool:
+    """Whether the last trials of the study ended with this same error, one after another."""
+    last = (
+        sa.select(attempts.c.reason, attempts.c.note)
+        .where(attempts.c.study_id == study_id)
+        .where(attempts.c.end.in_(("complete", "pruned", "failed")))
+        .order_by(attempts.c.ended_at.desc(), attempts.c.token.desc())
+        .limit(SAME_ERRORS)
+    )
+    rows = connection.execute(last).all()
+    return len(rows) == SAME_ERRORS and all(
+        row.reason == "code_error" and row.note == signature for row in rows
+    )

@@ -1,0 +1,121 @@
+"""Statements that every epoch or trial needs, made once: making one costs more than running it.
+
+Parameters are named ``of_...`` where they choose rows; what else is given is written.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from tuner.ledger._clock import by_dialect
+from tuner.ledger._optuna import TRIALS, USER
+from tuner.ledger._tables import attempts, controls, epochs, workers
+
+CANDIDATES = 64
+# The second says nothing new, but indexes know it.
+HELD = attempts.c.holds.is_not(None) & attempts.c.ended_at.is_(None)
+
+_STUDY: sa.BindParameter[int] = sa.bindparam("of_study", type_=sa.Integer)
+_TRIAL: sa.BindParameter[int] = sa.bindparam("of_trial", type_=sa.Integer)
+_TOKEN: sa.BindParameter[int] = sa.bindparam("of_token", type_=sa.Integer)
+_WORKER: sa.BindParameter[str] = sa.bindparam("of_worker", type_=sa.String)
+_AFTER: sa.BindParameter[int] = sa.bindparam("of_later_than", type_=sa.Integer)
+
+
+@cache
+def standing() -> sa.Select[Any]:
+    """The controls of a study."""
+    return sa.select(controls).where(controls.c.study_id == _STUDY)
+
+
+@cache
+def generation() -> sa.Select[Any]:
+    """The generation of a worker."""
+    mine = (workers.c.study_id == _STUDY) & (workers.c.worker_id == _WORKER)
+    return sa.select(workers.c.generation).where(mine).with_for_update()
+
+
+@cache
+def held() -> sa.Select[Any]:
+    """What a worker's name holds."""
+    own = (attempts.c.study_id == _STUDY) & (attempts.c.worker_id == _WORKER)
+    return sa.select(attempts).where(own, HELD).with_for_update()
+
+
+@cache
+def waiting(dialect: str) -> sa.Select[Any]:
+    """Waiting trials beyond an id: those of a baseline first, then by number."""
+    baseline = sa.exists().where(USER.c.trial_id == TRIALS.c.trial_id, USER.c.key == "baseline")
+    later = (TRIALS.c.study_id == _STUDY) & (TRIALS.c.trial_id > _AFTER)
+    statement = (
+        sa.select(TRIALS.c.trial_id)
+        .where(later, TRIALS.c.state == TrialState.WAITING)
+        .order_by(sa.case((baseline, 0), else_=1), TRIALS.c.number)
+        .limit(CANDIDATES)
+    )
+    if dialect == "postgresql":
+        # One row: it skips what others are about to take. MySQL would lock all it sorts.
+        return statement.limit(1).with_for_update(skip_locked=True, of=TRIALS)
+    return statement
+
+
+@cache
+def ticket(dialect: str) -> sa.Select[Any]:
+    """Number of a trial, how often it was tried, the time, and when its study started."""
+    earlier = sa.select(sa.func.count()).where(attempts.c.trial_id == _TRIAL)
+    started = sa.select(controls.c.started_at).where(controls.c.study_id == TRIALS.c.study_id)
+    return sa.select(
+        TRIALS.c.number,
+        earlier.scalar_subquery().label("earlier"),
+        started.scalar_subquery().label("started_at"),
+        by_dialect(dialect).label("at"),
+    ).where(TRIALS.c.trial_id == _TRIAL)
+
+
+@cache
+def starting() -> sa.Update:
+    """Note when a study started."""
+    first = (controls.c.study_id == _STUDY) & controls.c.started_at.is_(None)
+    return sa.update(controls).where(first)
+
+
+@cache
+def attempt(dialect: str) -> sa.Select[Any]:
+    """An attempt, and the time."""
+    now = by_dialect(dialect).label("at")
+    return sa.select(attempts, now).where(attempts.c.token == _TOKEN)
+
+
+@cache
+def holding() -> sa.Update:
+    """Change an attempt, if it still holds its trial.
+
+    Somebody may have ended the trial through Optuna: then there is nothing to hold.
+    """
+    runs = sa.exists().where(TRIALS.c.trial_id == _TRIAL, TRIALS.c.state == TrialState.RUNNING)
+    return sa.update(attempts).where(attempts.c.token == _TOKEN, attempts.c.holds == _TRIAL, runs)
+
+
+@cache
+def renewing(dialect: str, reported: int) -> sa.Update:
+    """Renew a lease by ``of_seconds``; count those of ``of_epoch_0`` and so on that are new."""
+    now, seconds = by_dialect(dialect), sa.bindparam("of_seconds", type_=sa.Double)
+    renewed: dict[str, Any] = {"heartbeat_at": now, "lease_until": now + seconds}
+    reached = sa.select(sa.func.max(epochs.c.epoch)).where(epochs.c.trial_id == _TRIAL)
+    last = sa.func.coalesce(reached.scalar_subquery(), -1)
+    for i in range(reported):
+        is_new = sa.bindparam(f"of_epoch_{i}", type_=sa.Integer) > last
+        known = renewed.get("new_epochs", attempts.c.new_epochs)
+        renewed["new_epochs"] = known + sa.case((is_new, 1), else_=0)
+    return holding().values(renewed)
+
+
+@cache
+def spending() -> sa.Update:
+    """Add ``of_seconds`` to what a study spent."""
+    spent = controls.c.spent + sa.bindparam("of_seconds", type_=sa.Double)
+    return sa.update(controls).where(controls.c.study_id == _STUDY).values(spent=spent)

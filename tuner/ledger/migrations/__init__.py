@@ -1,0 +1,1 @@
+"""History of Tuner's own tables, for Alembic."""

@@ -1,0 +1,111 @@
+"""One try at a trial: what it reports is written with its lease, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from tuner.engines import PATIENCE, passes
+from tuner.ledger import Lease
+from tuner.pulse import Pulse
+from tuner.search import algorithm
+from tuner.seeding import derive_seed
+from tuner.session import Session
+from tuner.trainer import EpochResult
+
+LEAVING_SECONDS = 20.0
+
+log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """A claimed trial: Optuna's ``trial`` over a storage that collects what is written to it.
+
+    Every method that writes raises ``LeaseLostError`` when the trial is another worker's by
+    now; nothing is written then.
+    """
+
+    def __init__(self, session: Session, lease: Lease, pulse: Pulse) -> None:
+        self.session, self.lease, self.pulse = session, lease, pulse
+        self.seconds = 0.0
+        self.speed: float | None = None
+        self.columns: dict[str, Any] = {}
+        session.fenced.take(lease)
+        seed = derive_seed(session.file.search.seed, "search", lease.number)
+        session.study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
+        session.study._thread_local.cached_all_trials = None
+        self.trial = Trial(session.study, lease.trial_id)
+
+    @property
+    def number(self) -> int:
+        """Number of the trial."""
+        return self.lease.number
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Collect user attributes."""
+        for key, value in facts.items():
+            self.trial.set_user_attr(key, value)
+
+    def report(self, result: EpochResult, value: float, metrics: dict[str, Any]) -> None:
+        """Collect an epoch: Optuna's intermediate value, and the metric vector."""
+        self.session.fenced.set_trial_intermediate_value(self.lease.trial_id, result.epoch, value)
+        row = {"seconds": result.seconds, "samples": result.samples, "metrics": metrics}
+        self.session.fenced.note_epoch(self.lease.trial_id, result.epoch, row)
+        self.speed = result.samples / max(result.seconds, 1e-9)
+
+    def write(self, **columns: Any) -> None:
+        """Write what was collected, and hear the order.
+
+        A storage that does not answer is no reason to stop: what was not written is written
+        with the next epoch.
+        """
+        self.columns |= columns
+        try:
+            order = self.session.fenced.flush(self.lease.trial_id, **self._progress())
+        except SQLAlchemyError as error:
+            if not passes(error):
+                raise
+            log.warning("trial %d: the storage does not answer; training goes on", self.number)
+            return
+        self.columns.clear()
+        self.pulse.hear(order)
+
+    def end(
+        self,
+        state: TrialState,
+        end: str,
+        *,
+        value: float | None = None,
+        reason: str | None = None,
+        detail: str | None = None,
+        patience: float = PATIENCE,
+        **columns: Any,
+    ) -> None:
+        """Write everything and end the attempt; ``WAITING`` puts the trial back."""
+        self.pulse.drop()
+        self.columns |= columns
+        self.session.fenced.finish(
+            self.lease.trial_id,
+            state,
+            None if value is None else [value],
+            end=end,
+            reason=reason,
+            detail=detail,
+            patience=patience,
+            **self._progress(),
+        )
+
+    def give_back(self, end: str, reason: str, detail: str | None = None) -> None:
+        """Put the trial back into the queue; it keeps its parameters and its checkpoint."""
+        self.end(TrialState.WAITING, end, reason=reason, detail=detail, patience=LEAVING_SECONDS)
+
+    def drop(self) -> None:
+        """Forget the trial: it is another worker's."""
+        self.pulse.drop()
+        self.session.fenced.drop(self.lease.trial_id)
+
+    def _progress(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "speed": self.speed, **self.columns}

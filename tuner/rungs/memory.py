@@ -1,0 +1,29 @@
+"""What to do when a device has no memory left: train the same batch in smaller pieces."""
+
+from __future__ import annotations
+
+import torch
+
+SMALLEST = 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text.lower()
+    )
+
+
+def smaller(micro_batch: int | None, batch_size: int) -> int | None:
+    """Half as many images at once; None when they cannot be fewer."""
+    half = min(micro_batch or batch_size, batch_size) // 2
+    return half if half >= SMALLEST else None
+
+
+def free(device: str) -> None:
+    """Give back what the failed try still holds."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()

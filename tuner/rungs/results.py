@@ -1,0 +1,72 @@
+"""What a trained trial leaves: its facts in the storage, logits and weights in the store."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from optuna.trial import TrialState
+
+from tuner import artifacts
+from tuner.evaluation import extras, intervals, recalls
+from tuner.rungs.attempt import Attempt
+from tuner.rungs.recipes import kept_trials
+from tuner.rungs.training import Complete, Training, metrics_of
+from tuner.stores import StoreError
+from tuner.trainer import EpochResult
+
+log = logging.getLogger(__name__)
+
+
+def complete(attempt: Attempt, training: Training, done: Complete) -> None:
+    """Write the result of a trial that was trained to its end."""
+    result, assessment, data = done.result, done.assessment, training.data
+    norms, bias = result.lane.head_state()
+    targets = data.validation.targets.cpu()
+    facts = {
+        "metrics": metrics_of(assessment),
+        "intervals": intervals(result.logits, assessment, data),
+        "recall_per_class": recalls(assessment, data),
+        "tau": assessment.tau,
+        "extras": extras(result.logits, norms, bias, targets, data.groups),
+        "sampling": result.lane.samplers[-1].describe(),
+        "train_loss": result.train_loss,
+        "seconds": training.seconds,
+        "samples_per_second": result.samples / result.seconds,
+    }
+    attempt.note(facts)
+    try:
+        artifacts.save_validation(training.store, result.logits, targets, norms, bias)
+    except StoreError as error:
+        log.warning("trial %d: its validation logits are not kept: %s", attempt.number, error)
+    constrain(attempt, facts["metrics"])
+    attempt.end(TrialState.COMPLETE, "complete", value=done.value)
+    try:
+        _keep_weights(attempt, training, result)
+    except StoreError as error:
+        log.warning("trial %d: its weights are not kept: %s", attempt.number, error)
+    artifacts.drop_checkpoint(training.store)
+
+
+def constrain(attempt: Attempt, metrics: dict[str, Any] | None) -> None:
+    """Tell Optuna whether the floor is kept.
+
+    The Gaussian process wants the same constraints of all trials: one without metrics breaks
+    the floor, one that ended before the baseline keeps it.
+    """
+    session, trial = attempt.session, attempt.trial
+    if session.file.objective.floor:
+        plain = metrics if trial.user_attrs.get("baseline") else None
+        violation = 1.0 if metrics is None else session.floor_violation(metrics, plain)
+        session.fenced.set_trial_system_attr(
+            attempt.lease.trial_id, "constraints:floor", float(violation or 0.0)
+        )
+
+
+def _keep_weights(attempt: Attempt, training: Training, result: EpochResult) -> None:
+    """Keep the weights of the best trial so far and of the baseline, no others."""
+    kept = kept_trials(attempt.session)
+    if attempt.number in kept:
+        meta = {**training.identity, "digest": training.recipe.digest()}
+        artifacts.save_weights(training.store, result.lane.model, meta)
+        artifacts.keep_weights_only_of(attempt.session.store, kept_trials(attempt.session))

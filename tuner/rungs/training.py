@@ -1,0 +1,215 @@
+"""A trial while it trains: epochs are reported, judged and kept until something ends them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import Trial
+
+from tuner import artifacts
+from tuner.datasets import Data
+from tuner.evaluation import Assessment, assess_validation
+from tuner.lane import Snapshot
+from tuner.losses import LOSSES
+from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
+from tuner.recipe import Recipe
+from tuner.rungs.attempt import Attempt
+from tuner.rungs.peers import Peers
+from tuner.seeding import derive_seed
+from tuner.stores import StoreError
+from tuner.trainer import EpochResult, Interrupted, epochs
+
+CHECKPOINT_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Complete:
+    """The last epoch was trained."""
+
+    result: EpochResult
+    assessment: Assessment
+    value: float
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The trial was given up."""
+
+    reason: str
+    assessment: Assessment
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Somebody asked to stop; the state is kept."""
+
+
+class Training:
+    """One attempt at training a recipe, from its checkpoint or from epoch 0."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        recipe: Recipe,
+        data: Data,
+        device: str,
+        peers: Peers,
+        micro_batch: int | None,
+    ) -> None:
+        self.attempt, self.recipe, self.data = attempt, recipe, data
+        self.device, self.peers, self.micro_batch = device, peers, micro_batch
+        self.session = attempt.session
+        self.store = self.session.trial_store(attempt.number)
+        self.identity = self.session.identity()
+        trial = self.session.fenced.get_trial(attempt.lease.trial_id)
+        self.values = dict(trial.intermediate_values)
+        self.seconds = float(trial.user_attrs.get("seconds", 0.0))
+        self.spared = self._is_spared()
+
+    def _is_spared(self) -> bool:
+        search = self.session.file.search
+        draw = derive_seed(search.seed, "control", self.attempt.number) % 10_000
+        baseline = bool(self.attempt.trial.user_attrs.get("baseline"))
+        return baseline or search.pruner == "none" or draw < search.control * 10_000
+
+    def run(
+        self,
+        stop: Callable[[], bool],
+        on_epoch: Callable[[Trial, EpochResult, float], None],
+    ) -> Complete | Pruned | Stopped:
+        """Train until the end, a verdict, or a request to stop.
+
+        Raises:
+            LeaseLostError: The trial is another worker's by now.
+            NonFiniteError: The training diverged.
+        """
+
+        def over() -> bool:
+            return stop() or self.attempt.pulse.interrupts
+
+        resume = self._checkpoint()
+        saved = time.monotonic()
+        training = epochs(
+            self.recipe,
+            self.data,
+            device=self.device,
+            resume=resume,
+            stop=over,
+            micro_batch=self.micro_batch,
+        )
+        try:
+            for result in training:
+                assessment = assess_validation(result.logits, self.data, self.recipe)
+                value = self._report(result, assessment)
+                on_epoch(self.attempt.trial, result, value)
+                if result.epoch + 1 == self.recipe.epochs:
+                    return Complete(result, assessment, value)
+                reason = self._verdict(result, assessment)
+                if reason:
+                    return Pruned(reason, assessment)
+                stopping = over()
+                if stopping or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._keep(result.snapshot())
+                    saved = time.monotonic()
+                if stopping:
+                    return Stopped()
+        except Interrupted as interruption:
+            self._spend(interruption.seconds)
+            self._keep(interruption.snapshot)
+            return Stopped()
+        raise RuntimeError(f"trial {self.attempt.number} was at its last epoch already")
+
+    def _checkpoint(self) -> Snapshot | None:
+        """The checkpoint to go on from; what came of an earlier attempt's is noted."""
+        expected = {**self.identity, "recipe": self.recipe.digest()}
+        resume, trouble = artifacts.load_checkpoint(self.store, expected)
+        epoch = 0 if resume is None else int(resume.meta["epoch"])
+        note = None
+        if resume is None:
+            self.seconds = 0.0
+            if self.attempt.lease.attempt > 1:
+                note = f"from epoch 0: {trouble or 'there was no checkpoint'}"
+        facts: dict[str, Any] = {"device": self.device}
+        if self.micro_batch is not None:
+            facts["micro_batch"] = self.micro_batch
+        self.attempt.note(facts)
+        self.attempt.write(first_epoch=epoch, note=note)
+        return resume
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        """Keep a checkpoint, unless the trial is another worker's; go on if that cannot be."""
+        if self.attempt.pulse.lost:
+            return
+        try:
+            artifacts.save_checkpoint(self.store, snapshot, self.identity)
+        except StoreError as error:
+            log.warning("trial %d goes on without a checkpoint: %s", self.attempt.number, error)
+            self.attempt.write(note=f"no checkpoint: {error}")
+            return
+        self.attempt.note({"seconds": self.seconds})
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.attempt.seconds += seconds
+
+    def _report(self, result: EpochResult, assessment: Assessment) -> float:
+        objective = self.session.file.objective
+        value = assessment.value(objective.metric, adjusted=objective.adjusted)
+        self._spend(result.seconds)
+        self.values[result.epoch] = value
+        self.attempt.report(result, value, metrics_of(assessment))
+        # The last epoch is written with the result.
+        if result.epoch + 1 < self.recipe.epochs:
+            self.attempt.write()
+        return value
+
+    def _verdict(self, result: EpochResult, assessment: Assessment) -> str | None:
+        """Why the trial is given up now; None to go on."""
+        data = self.data
+        images = len(data.validation.targets)
+        best = max(m["balanced_accuracy"] or 0.0 for m in (assessment.raw, assessment.adjusted))
+        reason = None
+        if is_at_chance(best, data.num_classes, images, result.progress) and not self._unsettled(
+            result.progress
+        ):
+            reason = "chance"
+        elif self._is_behind(result.epoch):
+            reason = "behind"
+        if reason and self.spared:
+            if self.attempt.trial.user_attrs.get("would_prune_at") is None:
+                self.attempt.note({"would_prune_at": result.epoch})
+            return None
+        return reason
+
+    def _unsettled(self, progress: float) -> bool:
+        """Whether a stage or a deferred part has only just begun."""
+        return 0 <= progress - self.recipe.settled() < MARGIN
+
+    def _is_behind(self, epoch: int) -> bool:
+        search, objective = self.session.file.search, self.session.file.objective
+        progress = (epoch + 1) / self.recipe.epochs
+        if progress < max(search.prune_after, self.recipe.settled()):
+            return False
+        counts = self.data.validation.targets.bincount(minlength=self.data.num_classes).cpu()
+        images = effective_images(objective.metric, counts, self.data.groups)
+        if images is None or any(e not in self.values for e in range(epoch + 1)):
+            return False
+        own = Curve(
+            loss=LOSSES.name_of(self.recipe.loss),
+            values=tuple(self.values[e] for e in range(epoch + 1)),
+            epochs=self.recipe.epochs,
+            settled=self.recipe.settled(),
+            complete=False,
+        )
+        return is_behind(own, self.peers.now(), images=images, after=search.prune_after)
+
+
+def metrics_of(assessment: Assessment) -> dict[str, Any]:
+    """The metric vector, as the logits are and adjusted."""
+    return {"raw": assessment.raw, "adjusted": assessment.adjusted}
