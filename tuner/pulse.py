@@ -28,14 +28,14 @@ class Contact:
     The same holds after this process was itself asleep.
     """
 
-    def __init__(self, lease_seconds: float) -> None:
-        self.lease_seconds = lease_seconds
+    def __init__(self, lease_seconds: float, gap: float = 0.0) -> None:
+        self.lease_seconds, self.gap = lease_seconds, max(gap, lease_seconds / 2)
         self.since = self.last = time.monotonic()
 
     def is_steady(self) -> bool:
-        """Note that the storage answered now; ask it more than twice per lease."""
+        """Note that the storage answered now; ``gap`` seconds without that are an outage."""
         now = time.monotonic()
-        if now - self.last > self.lease_seconds / 2:
+        if now - self.last > self.gap:
             self.since = now
         self.last = now
         return now - self.since > self.lease_seconds

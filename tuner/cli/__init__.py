@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from tuner import __version__
+from tuner.cli.secrets import hide_password
 from tuner.errors import TunerError
 
 app = typer.Typer(
@@ -23,7 +26,16 @@ class _StandardError(logging.Handler):
     """Writes to what is standard error at the moment: progress bars make way for lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        say(self.format(record))
+
+
+def say(line: str) -> None:
+    """Write a line to standard error; when nobody reads it any more, work goes on in silence."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _version(asked: bool) -> None:
@@ -55,7 +67,18 @@ _state = {"debug": False}
 
 def main() -> None:
     """Run the command line; a ``TunerError`` becomes one message and exit code 1."""
-    from tuner.cli import make, read, run  # noqa: F401  (they register their commands)
+    hide_password()
+    from tuner.cli import (  # noqa: F401  (their commands)
+        fleet,
+        launch,
+        make,
+        read,
+        run,
+        service,
+        slot,
+        trials,
+        work,
+    )
 
     try:
         app()

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from tuner.cli.show import percent
 from tuner.datasets import Data
+from tuner.engines import masked
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
 from tuner.session import Session
-from tuner.storage import masked
 from tuner.tickets import ladder_state
 from tuner.trainer import EpochResult
 from tuner.verdict import COMPARED, decide

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def export(
     study: StudyName,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")],
-    trial: Annotated[int | None, typer.Option("--trial", help="Trial [default: the best]")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", help="Trial (default: the best)")] = None,
     storage: Storage = None,
     data: DataFolder = None,
     artifacts: Artifacts = None,
@@ -34,12 +34,12 @@ def export(
 ) -> None:
     """Write the best trial as recipe, weights, metrics and model card."""
     from tuner import export as exports
-    from tuner.session import check_data
+    from tuner.fit import check_data
 
     session = joined(study, storage, artifacts, writes=True)
     exports.find_trial(session, trial)
     loaded = session.file.data.build(data)
-    check_data(session, loaded)
+    check_data(session.study.user_attrs, loaded, session.file.name)
     for path in exports.export(session, loaded, output, number=trial, device=chosen_device(device)):
         print(path)
 
@@ -69,6 +69,13 @@ def dashboard(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Serve others too; there is no login.")
     ] = False,
+    in_container: Annotated[
+        bool,
+        typer.Option(
+            "--in-container",
+            help="Listen where --host says, and answer to the name localhost only.",
+        ),
+    ] = False,
 ) -> None:
     """Serve optuna-dashboard, read-only, and the report of every study."""
     from tuner.storage import open_storage, storage_url
@@ -76,4 +83,4 @@ def dashboard(
 
     opened = open_storage(storage_url(storage), create=False, writes=False)
     application = dashboard_app(opened, load_session=lambda name: joined(name, storage, artifacts))
-    serve(application, host, port, allow_remote=allow_remote)
+    serve(application, host, port, allow_remote=allow_remote, in_container=in_container)

@@ -16,7 +16,7 @@ Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="Storage URL [default: TUNER_STORAGE, OPTUNA_STORAGE, sqlite:///runs/tuner.db]",
+        help="Storage URL (default: TUNER_STORAGE, OPTUNA_STORAGE, sqlite:///runs/tuner.db)",
         show_default=False,
     ),
 ]
@@ -25,31 +25,42 @@ DataFolder = Annotated[
     typer.Option("--data", envvar="TUNER_DATA", help="Folder that data roots are relative to."),
 ]
 Artifacts = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--artifacts",
-        help="Folder of weights, logits and checkpoints [default: TUNER_ARTIFACTS, runs/artifacts]",
+        help="Folder or s3://BUCKET/PREFIX of weights, logits and checkpoints "
+        "(default: TUNER_ARTIFACTS, runs/artifacts)",
         show_default=False,
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda, cuda:1 [default: cuda if there is one, else cpu]"),
+    typer.Option("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 def joined(
-    study: str, storage: str | None, artifacts: Path | None, *, writes: bool = False
+    study: str,
+    storage: str | None,
+    artifacts: str | None,
+    *,
+    writes: bool = False,
+    check: bool | None = None,
 ) -> Session:
-    """The session of a study that is given by its name or by its study file."""
-    from tuner.artifacts import artifacts_root
+    """The session of a study that is given by its name or by its study file.
+
+    Who only reads it does not look into its artifacts: they may be out of reach. ``check`` says
+    otherwise.
+    """
     from tuner.recipe import read_toml
     from tuner.session import join
     from tuner.storage import storage_url
+    from tuner.stores import open_store
 
     name = str(read_toml(Path(study)).get("name")) if study.endswith(".toml") else study
-    return join(name, storage_url(storage), artifacts_root(artifacts), writes=writes)
+    store = open_store(artifacts, check=writes if check is None else check)
+    return join(name, storage_url(storage), store, writes=writes)
 
 
 def chosen_device(device: str | None) -> str:

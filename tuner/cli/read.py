@@ -1,4 +1,4 @@
-"""Commands that read: check, status, trials, best, list."""
+"""Commands that read: check, status, best, list."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from tuner.cli import app
 from tuner.cli.options import Artifacts, DataFolder, Json, Storage, StudyName, StudyPath, joined
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from tuner.session import Session
 
 LISTED = {
@@ -42,7 +40,7 @@ def check(
 
     from tuner import study as files
     from tuner.cli.show import describe_data
-    from tuner.session import check_fit
+    from tuner.fit import check_fit
 
     file = files.load(study)
     rows = file.space.rows()
@@ -53,7 +51,7 @@ def check(
         check_fit(file, loaded)
     if as_json:
         space = dict(rows)
-        _print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
+        print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
         return
     title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
     table = Table(title=escape(title))
@@ -86,23 +84,32 @@ def status(
         names = [study]
     rows = [_status(joined(name, storage, artifacts)) for name in names]
     if as_json:
-        _print_json(rows if study is None else rows[0])
+        print_json(rows if study is None else rows[0])
         return
     for row in rows:
         counts = ", ".join(f"{row[s]} {s}" for s in _STATES if row[s])
         best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
         ladder = "" if row["ladder"] is None else f"; {row['ladder']}"
-        print(f"{row['study']}: {counts or 'no trials'} of {row['budget']}; best {best}{ladder}")
+        there = row["workers"]
+        fleet = "" if not there else f"; {there} worker{'' if there == 1 else 's'}"
+        told = "" if row["order"] == "run" else f"; {row['order_said']}"
+        print(
+            f"{row['study']}: {counts or 'no trials'} of {row['budget']}; "
+            f"best {best}{ladder}{fleet}{told}"
+        )
 
 
 _STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 
 def _status(session: Session) -> dict[str, Any]:
+    from tuner.cli.fleet import described, present
+    from tuner.ledger import Order
     from tuner.tickets import ladder_state
     from tuner.worker import progress
 
     best = session.best()
+    order = session.ledger.standing() if session.ledger.ready() else Order("run")
     return {
         "study": session.file.name,
         **progress(session),
@@ -110,72 +117,10 @@ def _status(session: Session) -> dict[str, Any]:
         "ladder": ladder_state(session),
         "best": None if best is None else best.number,
         "value": None if best is None else best.value,
-    }
-
-
-@app.command()
-def trials(
-    study: StudyName,
-    storage: Storage = None,
-    artifacts: Artifacts = None,
-    as_json: Json = False,
-) -> None:
-    """Every trial: how it ended and why, its metrics and its parameters."""
-    from rich.table import Table
-
-    from tuner.cli.show import percent, wide_console
-
-    session = joined(study, storage, artifacts)
-    rows = [_trial_row(session, trial) for trial in session.trials()]
-    if as_json:
-        _print_json(rows)
-        return
-    table = Table()
-    for column in ("trial", "state", "value", "loss", "sampler", "tail", "head", "overall", "τ"):
-        table.add_column(column, justify="right" if column in ("trial", "value") else "left")
-    for row in rows:
-        metrics = (row["metrics"] or {}).get("adjusted", {})
-        shown = [percent(metrics.get(f"{m}accuracy")) for m in ("tail_", "head_", "")]
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        tau = "" if row["tau"] is None else f"{row['tau']:.2f}"
-        loss, sampler = row["loss"] or "", row["sampler"] or ""
-        table.add_row(str(row["trial"]), _state(row), value, loss, sampler, *shown, tau)
-    wide_console().print(table)
-
-
-def _state(row: dict[str, Any]) -> str:
-    """How a trial stands, with what a reader has to know about it."""
-    if row["duplicate_of"] is not None:
-        return f"duplicate of {row['duplicate_of']}"
-    if row["reason"]:
-        return f"{row['state']} ({row['reason'].replace('_', ' ')})"
-    return f"{row['state']} (breaks the floor)" if row["keeps_floor"] is False else row["state"]
-
-
-def _trial_row(session: Session, trial: FrozenTrial) -> dict[str, Any]:
-    attrs = trial.user_attrs
-    keys = (
-        *(
-            "reason",
-            "detail",
-            "loss",
-            "sampler",
-            "kappa",
-            "warning",
-            "sampling",
-            "metrics",
-            "intervals",
-        ),
-        *("recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset", "rung"),
-    )
-    return {
-        "trial": trial.number,
-        "state": trial.state.name.lower(),
-        "value": trial.value if trial.state.name == "COMPLETE" else None,
-        "keeps_floor": session.keeps_floor(trial) if trial.state.name == "COMPLETE" else None,
-        **{key: attrs.get(key) for key in keys},
-        "seconds": attrs.get("seconds"),
-        "params": trial.params,
+        "workers": len(present(session)),
+        "order": order.state,
+        "order_reason": order.reason,
+        "order_said": described(order),
     }
 
 
@@ -189,12 +134,14 @@ def best(
     """The best trial's recipe, as TOML."""
     import tomli_w
 
+    from tuner.cli.trials import attempts_by_trial, trial_row
     from tuner.export import find_trial
 
     session = joined(study, storage, artifacts)
     trial = find_trial(session, None)
     if as_json:
-        _print_json({**_trial_row(session, trial), "recipe": trial.user_attrs["recipe"]})
+        row = trial_row(session, trial, attempts_by_trial(session)[trial._trial_id])
+        print_json({**row, "recipe": trial.user_attrs["recipe"]})
         return
     metric = session.file.objective.metric
     print(f"# study {session.file.name}, trial {trial.number}: {metric} {trial.value:.4f}")
@@ -214,7 +161,7 @@ def list_(
         raise UnknownNameError(unknown_name("list", what, LISTED))
     found = {name: components(LISTED[name]) for name in ([what] if what else LISTED)}
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for name, entries in found.items():
         print(f"{name}:")
@@ -224,7 +171,8 @@ def list_(
                 print(f"    {key} {meaning}")
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
     print(json.dumps(_finite(document), indent=2, default=str, ensure_ascii=False))
 
 

@@ -1,4 +1,4 @@
-"""Commands that train: run, create, worker, train."""
+"""Commands that train: run, create, train."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from tuner.cli.options import (
     DataFolder,
     Device,
     Storage,
-    StudyName,
     StudyPath,
     chosen_device,
-    joined,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ def run(
     device: Device = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the report and the recipe [default: runs]"),
+        typer.Option("--output", "-o", help="Folder of the report and the recipe (default: runs)"),
     ] = None,
 ) -> None:
     """Create the study, work until its budget is spent, and show what it found."""
@@ -63,26 +61,11 @@ def run(
 
     where = chosen_device(device)
     session, loaded = _created(study, storage, data, artifacts)
-    if _work(session, storage, loaded, where):
+    if _work(session, loaded, where):
         log.warning("stopped; the same command again goes on where this stopped")
         return
     options = {"storage": storage, "data": data, "artifacts": artifacts}
     finish(session, loaded, where, (output or Path("runs")) / session.file.name, options)
-
-
-@app.command()
-def worker(
-    study: StudyName,
-    storage: Storage = None,
-    data: DataFolder = None,
-    artifacts: Artifacts = None,
-    device: Device = None,
-) -> None:
-    """Work on a study that was created before, until its budget is spent."""
-    session = joined(study, storage, artifacts, writes=True)
-    loaded = session.file.data.build(data)
-    stopped = _work(session, storage, loaded, chosen_device(device))
-    log.info("study %s: %s", session.file.name, "stopped" if stopped else "the budget is spent")
 
 
 @app.command()
@@ -102,33 +85,32 @@ def train(
 
 
 def _created(
-    study: Path, storage: str | None, data: Path | None, artifacts: Path | None
+    study: Path, storage: str | None, data: Path | None, artifacts: str | None
 ) -> tuple[Session, Data]:
     from tuner import session
     from tuner import study as files
-    from tuner.artifacts import artifacts_root
     from tuner.cli.show import describe_data
     from tuner.storage import storage_url
+    from tuner.stores import open_store
 
     file = files.load(study)
+    store = open_store(artifacts)
     loaded = file.data.build(data)
     for line in describe_data(loaded):
         log.info(line)
-    made = session.create(file, storage_url(storage), artifacts_root(artifacts), loaded)
+    made = session.create(file, storage_url(storage), store, loaded)
     return made, loaded
 
 
-def _work(session: Session, storage: str | None, data: Data, device: str) -> bool:
+def _work(session: Session, data: Data, device: str) -> bool:
     """Work on the study; whether somebody asked to stop."""
     from tuner.cli.show import Display
-    from tuner.storage import storage_url
     from tuner.worker import StopRequest, work
 
     on_device = data.to(device) if device != "cpu" else data
     with StopRequest().installed() as stop, Display(session, terminal=sys.stderr.isatty()) as show:
         work(
             session,
-            storage_url(storage),
             on_device,
             device=device,
             stop=stop,

@@ -18,6 +18,14 @@ from tuner.session import Session
 from tuner.trainer import EpochResult
 from tuner.worker import progress
 
+STOPPED_BY = {
+    "gpu_hours": "its limit budget.gpu_hours",
+    "hours": "its limit budget.hours",
+    "target": "its goal budget.target",
+    "plateau": "its goal budget.plateau",
+    "code_error": "the same error three times in a row",
+}
+
 log = logging.getLogger(__name__)
 
 

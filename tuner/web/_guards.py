@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+
+from tuner.remote import is_loopback
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -69,16 +70,6 @@ def with_headers(app: WSGIApplication) -> WSGIApplication:
         return app(environ, start)
 
     return guarded
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine and is reachable from it alone."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def answer(
