@@ -373,6 +373,17 @@ def test_the_time_on_a_workers_machine_ends_no_lease(ledgers: Ledgers, seconds: 
     assert ledger.reap() == [theirs.number]
 
 
+@pytest.mark.database
+def test_a_server_may_be_in_any_time_zone(mariadb: str) -> None:
+    there = sa.make_url(mariadb).update_query_dict({"init_command": "SET time_zone = '+05:30'"})
+    engine = make_engine(there.render_as_string(False))
+    with engine.connect() as connection:
+        assert read_now(connection) == pytest.approx(time.time(), abs=60)
+        local = connection.exec_driver_sql("SELECT TIMEDIFF(NOW(), UTC_TIMESTAMP())").scalar()
+    assert str(local) == "5:30:00"
+    engine.dispose()
+
+
 def test_after_a_start_of_the_machine_with_its_clock_set_back_leases_still_run_out(
     sqlite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
@@ -117,7 +118,12 @@ def test_optuna_reads_every_trial_as_we_wrote_it(ledgers: Ledgers) -> None:
     assert ledgers.plain().best_trial.number == 1
 
 
-def test_times_are_those_of_the_clock_on_the_wall(ledgers: Ledgers) -> None:
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
+def test_times_are_those_of_the_clock_on_the_wall(
+    ledgers: Ledgers, zone: str, monkeypatch: pytest.MonkeyPatch, time_zone: None
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
     ledgers.enqueue({})
     complete(ledgers.first, claimed(ledgers.first, enter(ledgers.first)))
     (trial,) = ledgers.plain().trials
@@ -126,6 +132,15 @@ def test_times_are_those_of_the_clock_on_the_wall(ledgers: Ledgers) -> None:
     # MySQL keeps whole seconds; and the clocks of a server and of this machine may differ.
     assert abs(datetime.now() - trial.datetime_complete) < timedelta(seconds=60)
     assert trial.datetime_start <= trial.datetime_complete
+    assert same(ledgers.first.trials(), [trial])
+
+
+@pytest.fixture
+def time_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets a test change this process's time zone."""
+    yield
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_we_read_every_trial_as_optuna_wrote_it(ledgers: Ledgers) -> None:

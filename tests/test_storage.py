@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -232,17 +232,24 @@ def mariadb_user(url: str, name: str) -> tuple[list[str], list[str]]:
     return make, [f"DROP USER {user}" for user in users]
 
 
-@pytest.mark.database
-@SERVERS_ONLY
-def test_a_full_server_is_waited_for(server: str, request: pytest.FixtureRequest) -> None:
-    url = request.getfixturevalue(server)
-    name = f"tuner_{os.urandom(4).hex()}"
-    make, drop = {"postgres": postgres_user, "mariadb": mariadb_user}[server](url, name)
+@pytest.fixture(params=["postgres", "mariadb"])
+def limited(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of an empty database, for a user that gets no more connections than opening takes."""
+    url, name = request.getfixturevalue(request.param), f"tuner_{os.urandom(4).hex()}"
+    make, drop = {"postgres": postgres_user, "mariadb": mariadb_user}[request.param](url, name)
     root = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
     with root.connect() as connection:
         for statement in make:
             connection.exec_driver_sql(statement)
-    limited = make_url(url).set(username=name, password=None).render_as_string(False)
+    yield make_url(url).set(username=name, password=None).render_as_string(False)
+    with root.connect() as connection:
+        for statement in drop:
+            connection.exec_driver_sql(statement)
+    root.dispose()
+
+
+@pytest.mark.database
+def test_a_full_server_is_waited_for(limited: str) -> None:
     engine = make_engine(limited)
     with ThreadPoolExecutor() as pool:
         with engine.connect(), engine.connect(), engine.connect():
@@ -251,7 +258,3 @@ def test_a_full_server_is_waited_for(server: str, request: pytest.FixtureRequest
             assert not opened.done()
         engine.dispose()
         opened.result(timeout=30)
-    with root.connect() as connection:
-        for statement in drop:
-            connection.exec_driver_sql(statement)
-    root.dispose()

@@ -33,7 +33,9 @@ def by_dialect(dialect: str) -> sa.ColumnElement[Any]:
         # Who only reads may come before anybody noted this start of the machine.
         clock = sa.func.tuner_uptime() + sa.func.coalesce(zero, time.time() - uptime())
     else:
-        clock = sa.func.unix_timestamp(sa.func.now(6)) + sa.literal(0.0, sa.Double())
+        # Not of NOW(): in autumn a server's local time says the same hour twice.
+        micros = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
+        clock = sa.literal_column(f"{micros} / 1e6", sa.Double())
     return sa.type_coerce(clock, sa.Double())
 
 
