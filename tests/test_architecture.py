@@ -180,12 +180,14 @@ def modules_after(code: str) -> set[str]:
 def test_help_of_every_command_loads_no_large_library() -> None:
     loaded = modules_after(
         "from typer.testing import CliRunner\n"
-        "from tuner.cli import app, fleet, make, read, run, service, slot, trials, work\n"
+        "from tuner.cli import app, fleet, launch, make, read, run, service, slot, trials, work\n"
         "help = CliRunner().invoke(app, ['--help'])\n"
         "assert help.exit_code == 0 and 'dashboard' in help.output, help.output\n"
         "for command in app.registered_commands:\n"
         "    name = command.name or command.callback.__name__\n"
         "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0, name\n"
+        "for name in ('ray', 'slurm'):\n"
+        "    assert CliRunner().invoke(app, ['launch', name, '--help']).exit_code == 0, name\n"
     )
     assert "tuner" in loaded
     assert not loaded & LARGE

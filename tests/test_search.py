@@ -13,8 +13,9 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler, RandomSampler, TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
+from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 
-from tuner.search import WideParzenEstimator, algorithm
+from tuner.search import DistinctGroups, WideParzenEstimator, algorithm
 
 BENCHMARK = Path(__file__).parent / "benchmarks" / "algorithms.py"
 RANGES = {"x": FloatDistribution(-1.0, 3.0), "y": FloatDistribution(1e-3, 1e1, log=True)}
@@ -49,6 +50,19 @@ def test_algorithms_come_without_a_warning(recwarn: pytest.WarningsRecorder) -> 
 def test_optuna_still_has_the_hook_and_the_algorithm_uses_it() -> None:
     assert TPESampler()._parzen_estimator_cls is _ParzenEstimator
     assert algorithm("tpe", seed=0)._parzen_estimator_cls is WideParzenEstimator  # type: ignore[attr-defined]
+
+
+def test_groups_are_those_that_optuna_finds_in_the_same_order() -> None:
+    chance = np.random.default_rng(0)
+    study = optuna.create_study()
+    for _ in range(40):
+        names = chance.choice([f"p{i}" for i in range(8)], chance.integers(0, 7), replace=False)
+        ranges: dict[str, Any] = {str(name): FloatDistribution(0, 1) for name in names}
+        point = dict.fromkeys(ranges, 0.5)
+        study.add_trial(optuna.create_trial(params=point, distributions=ranges, value=1.0))
+    theirs = _GroupDecomposedSearchSpace(include_pruned=True).calculate(study).search_spaces
+    assert len(theirs) > 1
+    assert DistinctGroups(include_pruned=True).calculate(study).search_spaces == theirs
 
 
 def test_optuna_builds_our_estimator_when_it_proposes(monkeypatch: pytest.MonkeyPatch) -> None:

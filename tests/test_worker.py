@@ -190,6 +190,18 @@ def test_two_workers_share_one_budget(
     assert len(session.ledger.attempts()) == 12
 
 
+def test_sigterm_that_comes_twice_at_once_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    with StopRequest(quiet=True).installed() as stop:
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        now[0] += 1.5
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_decoding_process_ends_when_told_and_leaves_the_stop_request_alone() -> None:
     with StopRequest().installed() as stop:
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))

@@ -146,6 +146,7 @@ def facts(device: str) -> dict[str, Any]:
         "device": device,
         "version": __version__,
         "cores": os.cpu_count(),
+        "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
 
 

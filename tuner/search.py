@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
+from optuna.search_space.group_decomposed import (
+    _GroupDecomposedSearchSpace,
+    _SearchSpaceGroup,
+)
 
 STARTUP_TRIALS = 10
 
@@ -35,6 +41,25 @@ class WideParzenEstimator(_ParzenEstimator):
         return narrow._replace(sigma=sigma)
 
 
+class DistinctGroups(_GroupDecomposedSearchSpace):
+    """Optuna's groups of hyperparameters that occur together, found in less time.
+
+    Trials with the same hyperparameters change nothing after the first of them; with thousands
+    of trials, looking at each of them again takes a third of the time of a proposal.
+    """
+
+    def calculate(self, study: optuna.Study, use_cache: bool = False) -> _SearchSpaceGroup:
+        """The groups of the trials so far."""
+        ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+        trials = study._get_trials(deepcopy=False, states=ended, use_cache=use_cache)
+        distinct: dict[tuple[str, ...], dict[str, BaseDistribution]] = {}
+        for trial in trials:
+            distinct.setdefault(tuple(trial.distributions), trial.distributions)
+        for distributions in distinct.values():
+            self._search_space.add_distributions(distributions)
+        return copy.deepcopy(self._search_space)
+
+
 def algorithm(name: str, seed: int) -> BaseSampler:
     """The Optuna sampler behind an algorithm's name, seeded.
 
@@ -59,4 +84,5 @@ def _tpe(seed: int) -> BaseSampler:
             seed=seed, multivariate=True, group=True, n_startup_trials=STARTUP_TRIALS
         )
     sampler._parzen_estimator_cls = WideParzenEstimator
+    sampler._group_decomposed_search_space = DistinctGroups(include_pruned=True)
     return sampler

@@ -27,6 +27,7 @@ from tuner.session import Session
 from tuner.tickets import next_lease
 
 WAIT_SECONDS = 1.0
+SAME_REQUEST = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,12 @@ log = logging.getLogger(__name__)
 class StopRequest:
     """Whether somebody asked to stop: Ctrl-C or SIGTERM once; a second time stops at once.
 
-    ``quiet`` leaves it to somebody else to say so.
+    ``quiet`` leaves it to somebody else to say so. Service managers send SIGTERM to a whole group
+    of processes, whose parent passes it on: what comes within a second is the same request.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.asked = False
+        self.asked, self.since = False, 0.0
         self.quiet = quiet
         self.owner = os.getpid()
 
@@ -53,8 +55,10 @@ class StopRequest:
                 os._exit(128 + number)
             return
         if self.asked:
+            if number == signal.SIGTERM and time.monotonic() < self.since + SAME_REQUEST:
+                return
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.since = True, time.monotonic()
         if not self.quiet:
             log.warning(
                 "%s: finishing the step and keeping the trial; once more stops at once",

@@ -1,0 +1,112 @@
+"""One worker in a process of Ray's: what runs there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+import traceback
+from pathlib import Path
+
+from tuner.errors import StorageError, TunerError
+from tuner.launch._place import Place
+from tuner.stores import StoreError
+from tuner.worker import StopRequest
+
+FIRST_PAUSE, TRIES = 1.0, 5
+EARLY_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """A worker under a name that it keeps when Ray starts its process again.
+
+    Ray calls ``run`` and, from another thread, ``stop``. Of a process that dies Ray starts
+    a new one, and calls ``run`` once more; the ledger gives the name its trial back. No trial
+    is ever Ray's to repeat.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.told = name, False
+        self.signalled = StopRequest()
+        # Ray makes the object in the main thread, the only one that can listen to signals.
+        self._listening = self.signalled.installed()
+        self._listening.__enter__()
+
+    def __repr__(self) -> str:
+        """What Ray puts before every line of this worker's."""
+        return self.name
+
+    def run(self, place: Place, device: str | None, cores: int) -> str | None:
+        """Work until the study has nothing left; a message when something else is why it ended.
+
+        ``place`` travels as an argument, which Ray writes into no log and shows to nobody; it
+        does so with the environment of its processes.
+        """
+        place.enter(os.environ)
+        start = time.monotonic()
+        try:
+            self._work_patiently(place, device, cores)
+        except TunerError as error:
+            return str(error)
+        except Exception:
+            if time.monotonic() < start + EARLY_SECONDS:
+                # Another process would come no further.
+                return traceback.format_exc()
+            log.exception("this worker's process ends; Ray starts another")
+            os._exit(os.EX_SOFTWARE)
+        if self.signalled() and not self.told:
+            # Somebody wants this process gone, not the worker: Ray starts it where it can.
+            os._exit(os.EX_OK)
+        return None
+
+    def stop(self) -> None:
+        """Finish the step, keep the trial, and return from ``run``."""
+        self.told = True
+
+    def _stops(self) -> bool:
+        return self.told or self.signalled()
+
+    def _work_patiently(self, place: Place, device: str | None, cores: int) -> None:
+        """Work; a storage that cannot be opened is tried again a few times."""
+        for turn in range(TRIES):
+            try:
+                return self._work(place, device, cores)
+            except (StorageError, StoreError):
+                if turn == TRIES - 1 or self._stops():
+                    raise
+            time.sleep(FIRST_PAUSE * 2**turn * random.uniform(0.5, 1.5))
+
+    def _work(self, place: Place, device: str | None, cores: int) -> None:
+        from tuner.session import join
+        from tuner.storage import storage_url
+        from tuner.stores import open_store
+        from tuner.worker import work
+
+        session = join(place.study, storage_url(None), open_store(None))
+        folder = os.environ.get("TUNER_DATA")
+        data = session.file.data.build(Path(folder) if folder else None)
+        where = device or _found_device()
+        work(
+            session,
+            data.to(where) if where != "cpu" else data,
+            device=where,
+            name=self.name,
+            # The processor only feeds a GPU; threads that wait for each other would slow it down.
+            threads=1 if where.startswith("cuda") else cores,
+            stop=self._stops,
+        )
+
+
+def _found_device() -> str:
+    """The GPU that Ray gave this process; without one the processor, loudly if it gave one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given:
+        log.warning("Ray gave GPU %s, but torch finds none here: on the processor", given)
+    return "cpu"
