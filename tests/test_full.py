@@ -18,7 +18,7 @@ from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
 from tuner.pruning import Curve
 from tuner.recipe import Recipe
-from tuner.rungs import training
+from tuner.rungs import attempt, training
 from tuner.rungs.full import Outcome
 from tuner.session import Session
 
@@ -345,3 +345,35 @@ def test_storage_that_is_away_for_a_while_costs_no_epoch(
     assert run_next(session, digits).state == "complete"
     assert stored(session, 0).intermediate_values == stored(whole, 0).intermediate_values
     assert len(session.ledger.epochs(stored(session, 0)._trial_id)) == 5
+
+
+def test_algorithm_that_raises_ends_its_trial_and_not_the_worker(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("nothing to propose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attempt, "algorithm", broken)
+        assert run_next(session, digits).reason == "code_error"
+    assert stored(session, 0).state == TrialState.FAIL
+    assert "nothing to propose" in stored(session, 0).user_attrs["detail"]
+    assert run_next(session, digits).state == "complete"
+
+
+def test_device_that_broke_down_ends_the_process_and_leaves_the_trial_to_others(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    session = make_session()
+    monkeypatch.setattr(training, "epochs", broken)
+    with pytest.raises(SystemExit) as left:
+        run_next(session, digits)
+    assert left.value.code == 70
+    held = session.ledger.attempts()[0]
+    assert held["end"] is None
+    assert session.ledger.reap([(held["worker_id"], held["generation"])]) == [0]

@@ -25,7 +25,7 @@ from tuner.pulse import facts, process
 from tuner.session import Session
 from tuner.slots import SlotPlan, plan_slots
 from tuner.supervisor import Sight, Supervisor, _child, _supervisor
-from tuner.worker import work
+from tuner.worker import SAME_REQUEST, work
 
 PATIENCE = 90.0
 ENDLESS: dict[str, Any] = {
@@ -169,6 +169,7 @@ def test_told_twice_slots_leave_at_once_and_put_their_trials_back(
     until(session.ledger.running, lambda: worker.text)
     worker.process.send_signal(signal.SIGTERM)
     worker.wait_for("once more stops at once")
+    time.sleep(SAME_REQUEST)
     worker.process.send_signal(signal.SIGTERM)
     assert worker.end() == 130, worker.text
     assert states(session) == [TrialState.WAITING] * 3

@@ -44,6 +44,12 @@ SERVER: dict[str, dict[str, Any]] = {
 SERVER["mariadb"] = SERVER["mysql"]
 # A process that is frozen within a transaction holds its locks until the server ends it.
 FROZEN_SECONDS = 20
+# A machine that is cut off must not keep its connections, and what they lock, for hours.
+NOTICE_THE_LOST = (
+    "SET tcp_keepalives_idle = 30",
+    "SET tcp_keepalives_interval = 10",
+    "SET tcp_keepalives_count = 3",
+)
 # What servers say of transactions that lost a race; they may be run again.
 RACES = {"40001", "40P01", "55P03", "57014", "1205", "1213", "1020", "1412", "1317"}
 # The server is full, not ready, out of reach or going away.
@@ -165,14 +171,16 @@ def make_single_engine(url: URL) -> Engine:
 
 def _end_frozen(engine: Engine) -> None:
     """Have the server end transactions of processes that stopped in the middle."""
-    setting = f"wait_timeout = {FROZEN_SECONDS}"
+    settings = [f"SET SESSION wait_timeout = {FROZEN_SECONDS}"]
     if engine.dialect.name == "postgresql":
-        setting = f"idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'"
+        frozen = f"SET idle_in_transaction_session_timeout = '{FROZEN_SECONDS}s'"
+        settings = [frozen, *NOTICE_THE_LOST]
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: object) -> None:
         with connection.cursor() as cursor:
-            cursor.execute(f"SET SESSION {setting}")
+            for setting in settings:
+                cursor.execute(setting)
         connection.commit()
 
 

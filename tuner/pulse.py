@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner.engines import boot_id
+from tuner.errors import TunerError
 from tuner.ledger import Lease, LeaseLostError, Ledger, Order, SupersededError
 
 BEATS_PER_LEASE = 4
@@ -90,10 +91,12 @@ class Pulse:
         self.order = order
 
     def _run(self) -> None:
-        pause = self.ledger.lease_seconds / BEATS_PER_LEASE
-        while not self._over.wait(pause):
-            self.beat()
+        half = self.ledger.lease_seconds / BEATS_PER_LEASE / 2
+        while not self._over.wait(half):
             self.ledger.rest()
+            if self._over.wait(half):
+                return
+            self.beat()
 
     def beat(self) -> None:
         """Renew everything, hear the order, and queue the trials of dead workers again."""
@@ -108,6 +111,8 @@ class Pulse:
             self.superseded = True
         except SQLAlchemyError:
             log.debug("a heartbeat did not reach the storage", exc_info=True)
+        except TunerError as error:
+            log.warning("a heartbeat was refused: %s", error)
 
     def _say(self, numbers: list[int]) -> None:
         for number in numbers:

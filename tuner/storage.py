@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import NullPool
 
 from tuner.engines import (
+    NOTICE_THE_LOST,
     SERVER,
     arguments,
     harden_sqlite,
@@ -31,7 +33,9 @@ from tuner.errors import StorageError, TunerError
 from tuner.remote import is_remote, open_remote
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
-LOCK_SECONDS = 60
+LOCK_SECONDS = 300
+LOCK_PAUSE = 0.02
+LOCKED = "{} stays locked by another process, which may hang while it opens it; try again"
 LOCK_TRIES = 20
 CAUSES = (sqlalchemy.exc.SQLAlchemyError, OptunaError)
 
@@ -166,7 +170,15 @@ def exclusive(url: str) -> Iterator[None]:
 def _lock(connection: Connection, url: URL) -> None:
     """Take the advisory lock of a database; it is free again once the connection is closed."""
     if url.get_backend_name() == "postgresql":
-        connection.exec_driver_sql("SELECT pg_advisory_lock(7483647)")
+        connection.exec_driver_sql(f"SET lock_timeout = '{LOCK_SECONDS}s'")
+        for setting in NOTICE_THE_LOST:
+            connection.exec_driver_sql(setting)
+        try:
+            connection.exec_driver_sql("SELECT pg_advisory_lock(7483647)")
+        except sqlalchemy.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != "55P03":
+                raise
+            raise StorageError(LOCKED.format(masked(str(url)))) from None
         return
     # MySQL's locks are the server's, not the database's.
     name = {"name": f"tuner {url.database}"[:64]}
@@ -175,7 +187,7 @@ def _lock(connection: Connection, url: URL) -> None:
         lock = sqlalchemy.text(f"SELECT GET_LOCK(:name, {SERVER['mysql']['read_timeout'] // 2})")
         if connection.execute(lock, name).scalar() == 1:
             return
-    raise StorageError(f"{masked(str(url))} stays locked by another process; try again")
+    raise StorageError(LOCKED.format(masked(str(url))))
 
 
 @contextlib.contextmanager
@@ -183,6 +195,14 @@ def _file_lock(path: Path) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + LOCK_SECONDS
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise StorageError(LOCKED.format(path)) from None
+            time.sleep(LOCK_PAUSE)
         yield

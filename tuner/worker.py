@@ -110,8 +110,9 @@ def work(
     """
     check_data(session.study.user_attrs, data, session.file.name)
     torch.set_num_threads(threads)
-    stop_if_reached(session)
-    worker = enter(session.ledger, name, device)
+    worker = enter(session.ledger, name, device, stop)
+    if worker is None:
+        return 0
     with Pulse(session.ledger, worker) as pulse:
         slot = Slot(session, pulse, data, device, Peers(session))
         ended = _work(slot, wait, stop, on_epoch, on_trial)
@@ -168,8 +169,10 @@ def raise_if_broken(session: Session, order: Order) -> None:
         )
 
 
-def enter(ledger: Ledger, name: str | None, device: str) -> tuple[str, int]:
-    """Enter a worker into the ledger; its name and generation.
+def enter(
+    ledger: Ledger, name: str | None, device: str, stop: Callable[[], bool] = lambda: False
+) -> tuple[str, int] | None:
+    """Enter a worker into the ledger; its name and generation, None when told to ``stop``.
 
     A name whose process died is taken over. A name that is alive elsewhere may be about to
     leave: it is waited for until it shows a sign of life.
@@ -194,6 +197,8 @@ def enter(ledger: Ledger, name: str | None, device: str) -> tuple[str, int]:
         if seen is None:
             log.warning("a worker %s was here a moment ago; waiting until it is gone", worker_id)
             seen = row["heartbeat_at"]
+        if stop():
+            return None
         time.sleep(WAIT_SECONDS)
 
 

@@ -208,7 +208,10 @@ def _nobody(session: Session) -> str:
     from tuner.worker import progress
 
     counts = progress(session)
-    if counts["waiting"] + counts["running"] or counts["complete"] < counts["budget"]:
+    if (
+        counts["waiting"] + counts["running"]
+        or sum(counts[s] for s in ("complete", "pruned", "fail")) < counts["budget"]
+    ):
         return f"no worker is there; start some: tuner worker {session.file.name}"
     return "no worker is there, and no trial waits"
 

@@ -39,9 +39,8 @@ def create(
     session, _ = _created(study, storage, data, artifacts)
     counts = progress(session)
     ended = sum(counts[state] for state in ("complete", "pruned", "fail"))
-    print(
-        f"study {session.file.name}: {counts['budget'] - ended} of {counts['budget']} trials to do"
-    )
+    left = max(0, counts["budget"] - ended)
+    print(f"study {session.file.name}: {left} of {counts['budget']} trials to do")
 
 
 @app.command()

@@ -138,9 +138,11 @@ class Placement:
 
     def _is_over(self) -> bool:
         """Whether those that have not ended wait for room that they no longer need."""
+        sight = self.view.sight
+        if sight is not None and sight.order.state == "stop" and not sight.running:
+            return True
         if self.over_at is None or time.monotonic() < self.over_at + LEAVING_SECONDS:
             return False
-        sight = self.view.sight
         return sight is not None and not sight.waiting and not sight.running
 
     def _end_all(self, grace: float) -> None:

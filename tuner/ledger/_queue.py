@@ -14,7 +14,7 @@ from tuner.ledger import _optuna, _statements
 from tuner.ledger._changes import Changes, Lease, LeaseLostError
 from tuner.ledger._optuna import STEPS, TRIALS
 from tuner.ledger._reap import lose, spend
-from tuner.ledger._tables import attempts, epochs
+from tuner.ledger._tables import attempts, controls, epochs
 
 SAME_ERRORS = 3
 
@@ -195,10 +195,13 @@ def _trim(connection: Connection, trial_id: int, last: int | None) -> None:
 
 def same_error(connection: Connection, study_id: int, signature: str) -> bool:
     """Whether the last trials of the study ended with this same error, one after another."""
+    given = sa.select(controls.c.changed_at).where(controls.c.study_id == study_id)
     last = (
         sa.select(attempts.c.reason, attempts.c.note)
         .where(attempts.c.study_id == study_id)
         .where(attempts.c.end.in_(("complete", "pruned", "failed")))
+        # What was cured and resumed since does not count.
+        .where(attempts.c.ended_at > given.scalar_subquery())
         .order_by(attempts.c.ended_at.desc(), attempts.c.token.desc())
         .limit(SAME_ERRORS)
     )

@@ -28,7 +28,6 @@ METHODS = (
         "write",
         "finish",
         "reap",
-        "overdue",
         "register",
         "beat",
     ),

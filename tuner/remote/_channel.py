@@ -64,13 +64,16 @@ class _Calls(grpc.UnaryUnaryClientInterceptor):
         call = continuation(own, request)
         error = call.exception()
         if isinstance(error, grpc.RpcError):
-            self._translate(call)
+            self._translate(call, str(details.method))
         return call
 
-    def _translate(self, call: Any) -> None:
+    def _translate(self, call: Any, method: str) -> None:
         code, details = call.code(), call.details()
         if code in PASSING:
             raise UnreachableError(f"no answer from the proxy {self.where}: {details}")
+        if code == grpc.StatusCode.UNKNOWN and method.startswith("/optuna."):
+            # Optuna's side of the proxy says no more of a database that did not answer it.
+            raise UnreachableError(f"the proxy {self.where} has trouble: {details}")
         if code == grpc.StatusCode.UNAUTHENTICATED:
             raise StorageError(f"the proxy {self.where} asks for its secret; set {TOKEN} to it")
         if code == grpc.StatusCode.PERMISSION_DENIED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 from optuna.trial import Trial, TrialState
@@ -33,11 +34,22 @@ class Attempt:
         self.seconds = 0.0
         self.speed: float | None = None
         self.columns: dict[str, Any] = {}
+        self.remarks: list[str] = []
         session.fenced.take(lease)
-        seed = derive_seed(session.file.search.seed, "search", lease.number)
+
+    @cached_property
+    def trial(self) -> Trial:
+        """Optuna's trial; the algorithm begins to propose when it is asked for."""
+        session = self.session
+        seed = derive_seed(session.file.search.seed, "search", self.number)
         session.study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
         session.study._thread_local.cached_all_trials = None
-        self.trial = Trial(session.study, lease.trial_id)
+        return Trial(session.study, self.lease.trial_id)
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """The trial's user attributes, with what was collected."""
+        return self.session.fenced.held[self.lease.trial_id].trial.user_attrs
 
     @property
     def number(self) -> int:
@@ -47,7 +59,13 @@ class Attempt:
     def note(self, facts: dict[str, Any]) -> None:
         """Collect user attributes."""
         for key, value in facts.items():
-            self.trial.set_user_attr(key, value)
+            self.session.fenced.set_trial_user_attr(self.lease.trial_id, key, value)
+
+    def remark(self, text: str) -> None:
+        """Collect a note for the record of this attempt."""
+        if text not in self.remarks:
+            self.remarks.append(text)
+        self.columns["note"] = "; ".join(self.remarks)
 
     def report(self, result: EpochResult, value: float, metrics: dict[str, Any]) -> None:
         """Collect an epoch: Optuna's intermediate value, and the metric vector."""

@@ -19,13 +19,15 @@ from tuner.errors import NonFiniteError, StorageError, TunerError
 from tuner.ledger import Changes, Lease, LeaseLostError
 from tuner.pulse import Pulse
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
-from tuner.rungs.memory import free, is_out_of_memory, smaller
+from tuner.rungs.memory import free, is_device_broken, is_out_of_memory, smaller
 from tuner.rungs.peers import Peers
 from tuner.rungs.recipes import equivalent, resolve
 from tuner.rungs.results import complete, constrain
 from tuner.rungs.training import Complete, Pruned, Stopped, Training, metrics_of
 from tuner.session import Session
 from tuner.trainer import EpochResult
+
+EX_BROKEN = 70
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +97,10 @@ def run(
         if attempt is None:
             _hand_back(slot, lease, "released", "error", traceback.format_exc())
             raise
+        if is_device_broken(error):
+            # Nothing works in this process any more; the trial is found and tried elsewhere.
+            log.error("trial %d: the device broke down: %s", lease.number, error)
+            raise SystemExit(EX_BROKEN) from error
         return _fail(attempt, error)
     except BaseException:
         log.warning("interrupted; trial %d goes on from its last checkpoint", lease.number)
@@ -111,13 +117,15 @@ def _run(slot: Slot, attempt: Attempt, stop: Callable[[], bool], on_epoch: OnEpo
     while True:
         training = Training(attempt, recipe, data, slot.device, slot.peers, slot.micro_batch)
         try:
-            return _conclude(attempt, training, training.run(stop, on_epoch))
+            done = training.run(stop, on_epoch)
         except NonFiniteError as error:
             return _end(attempt, "pruned", "not_finite", str(error))
         except Exception as error:
             size = smaller(slot.micro_batch, recipe.training.batch_size)
             if not is_out_of_memory(error) or size is None:
                 raise
+        else:
+            return _conclude(attempt, training, done)
         free(slot.device)
         slot.micro_batch = size
         log.warning("trial %d: out of memory; now %d images at once", attempt.number, size)
@@ -155,7 +163,7 @@ def _end(
     attempt.note({"reason": reason})
     if detail:
         attempt.note({"detail": detail[-4000:]})
-    constrain(attempt, attempt.trial.user_attrs.get("metrics"))
+    constrain(attempt, attempt.user_attrs.get("metrics"))
     final = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
     attempt.end(final, state, reason=reason, detail=detail, **columns)
     artifacts.drop_checkpoint(attempt.session.trial_store(attempt.number))

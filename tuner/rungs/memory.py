@@ -1,4 +1,4 @@
-"""What to do when a device has no memory left: train the same batch in smaller pieces."""
+"""What a device says when it has no memory left or broke down, and smaller pieces to train."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "out of memory" in text.lower()
     )
+
+
+def is_device_broken(error: BaseException) -> bool:
+    """Whether an error says that this process cannot use its GPU any more."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
 
 
 def smaller(micro_batch: int | None, batch_size: int) -> int | None:

@@ -35,6 +35,8 @@ def complete(attempt: Attempt, training: Training, done: Complete) -> None:
         "samples_per_second": result.samples / result.seconds,
     }
     attempt.note(facts)
+    # Whose trial it is not any more must not replace the files of whom it is now.
+    attempt.write()
     try:
         artifacts.save_validation(training.store, result.logits, targets, norms, bias)
     except StoreError as error:
@@ -43,7 +45,8 @@ def complete(attempt: Attempt, training: Training, done: Complete) -> None:
     attempt.end(TrialState.COMPLETE, "complete", value=done.value)
     try:
         _keep_weights(attempt, training, result)
-    except StoreError as error:
+    except Exception as error:
+        # The result is written: nothing that happens now may undo it.
         log.warning("trial %d: its weights are not kept: %s", attempt.number, error)
     artifacts.drop_checkpoint(training.store)
 
@@ -54,9 +57,9 @@ def constrain(attempt: Attempt, metrics: dict[str, Any] | None) -> None:
     The Gaussian process wants the same constraints of all trials: one without metrics breaks
     the floor, one that ended before the baseline keeps it.
     """
-    session, trial = attempt.session, attempt.trial
+    session = attempt.session
     if session.file.objective.floor:
-        plain = metrics if trial.user_attrs.get("baseline") else None
+        plain = metrics if attempt.user_attrs.get("baseline") else None
         violation = 1.0 if metrics is None else session.floor_violation(metrics, plain)
         session.fenced.set_trial_system_attr(
             attempt.lease.trial_id, "constraints:floor", float(violation or 0.0)

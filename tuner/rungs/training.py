@@ -75,7 +75,7 @@ class Training:
     def _is_spared(self) -> bool:
         search = self.session.file.search
         draw = derive_seed(search.seed, "control", self.attempt.number) % 10_000
-        baseline = bool(self.attempt.trial.user_attrs.get("baseline"))
+        baseline = bool(self.attempt.user_attrs.get("baseline"))
         return baseline or search.pruner == "none" or draw < search.control * 10_000
 
     def run(
@@ -130,16 +130,15 @@ class Training:
         expected = {**self.identity, "recipe": self.recipe.digest()}
         resume, trouble = artifacts.load_checkpoint(self.store, expected)
         epoch = 0 if resume is None else int(resume.meta["epoch"])
-        note = None
         if resume is None:
             self.seconds = 0.0
             if self.attempt.lease.attempt > 1:
-                note = f"from epoch 0: {trouble or 'there was no checkpoint'}"
+                self.attempt.remark(f"from epoch 0: {trouble or 'there was no checkpoint'}")
         facts: dict[str, Any] = {"device": self.device}
         if self.micro_batch is not None:
             facts["micro_batch"] = self.micro_batch
         self.attempt.note(facts)
-        self.attempt.write(first_epoch=epoch, note=note)
+        self.attempt.write(first_epoch=epoch)
         return resume
 
     def _keep(self, snapshot: Snapshot) -> None:
@@ -150,7 +149,7 @@ class Training:
             artifacts.save_checkpoint(self.store, snapshot, self.identity)
         except StoreError as error:
             log.warning("trial %d goes on without a checkpoint: %s", self.attempt.number, error)
-            self.attempt.write(note=f"no checkpoint: {error}")
+            self.attempt.remark(f"no checkpoint: {error}")
             return
         self.attempt.note({"seconds": self.seconds})
 
@@ -182,7 +181,7 @@ class Training:
         elif self._is_behind(result.epoch):
             reason = "behind"
         if reason and self.spared:
-            if self.attempt.trial.user_attrs.get("would_prune_at") is None:
+            if self.attempt.user_attrs.get("would_prune_at") is None:
                 self.attempt.note({"would_prune_at": result.epoch})
             return None
         return reason
