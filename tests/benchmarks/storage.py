@@ -49,7 +49,9 @@ def measure(side: str, url: str, workers: int, options: argparse.Namespace, name
     with tempfile.TemporaryDirectory() as folder:
         barrier = context.Barrier(workers)
         tasks = [Task(side, url, name, i, options.seconds, folder) for i in range(workers)]
-        processes = [context.Process(target=run, args=(task, barrier)) for task in tasks]
+        processes = [
+            context.Process(target=run, args=(task, barrier), daemon=True) for task in tasks
+        ]
         for process in processes:
             process.start()
         for process in processes:
