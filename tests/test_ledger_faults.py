@@ -32,7 +32,7 @@ from relay import Relay
 
 from tuner import engines
 from tuner.engines import insist, make_engine
-from tuner.ledger import Changes, Lease, Ledger, Order, _clock, _ledger, prepare
+from tuner.ledger import Changes, Lease, Ledger, Order, _clock, _reads, prepare
 from tuner.ledger._clock import read_now
 from tuner.ledger._tables import controls
 from tuner.pulse import Pulse, facts
@@ -271,7 +271,7 @@ def test_a_process_that_froze_in_the_middle_does_not_hold_up_the_fleet(
 def test_a_worker_that_rests_holds_no_connection(
     ledgers: Ledgers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_ledger, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(_reads, "IDLE_SECONDS", 0.0)
     ledger = ledgers.open()
     ledger.order()
     assert ledger.engine.pool.checkedin() == 1  # type: ignore[attr-defined]

@@ -40,6 +40,12 @@ from test_ledger import (  # noqa: F401
     test_many_reapers_put_a_trial_back_once,
     test_the_heartbeat_of_a_lost_lease_says_so_but_the_worker_counts_as_alive,
 )
+from test_ledger_bulk import (  # noqa: F401
+    test_a_heartbeat_keeps_the_whole_cohort_alive,
+    test_all_endings_are_written_and_their_seconds_counted,
+    test_trials_that_went_to_others_are_left_alone_and_the_rest_is_written,
+    test_workers_that_claim_at_once_share_no_trial,
+)
 from test_ledger_fleet import (  # noqa: F401
     test_a_limit_stops_again_at_once_when_the_study_is_told_to_run_beyond_it,
     test_the_list_of_workers_says_what_each_is_doing,

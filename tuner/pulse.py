@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,7 @@ class Pulse:
         self.ledger, self.worker = ledger, worker
         self.order = Order("run")
         self.lease: Lease | None = None
+        self.others: Sequence[Lease] = ()
         self.lost = self.superseded = False
         self.state = "idle"
         self.contact = Contact(ledger.lease_seconds)
@@ -73,13 +75,13 @@ class Pulse:
         # A database that hangs must not keep a worker from leaving.
         self._thread.join(self.ledger.lease_seconds / BEATS_PER_LEASE)
 
-    def hold(self, lease: Lease) -> None:
-        """Keep this lease alive from now on."""
-        self.lost, self.lease = False, lease
+    def hold(self, lease: Lease, others: Sequence[Lease] = ()) -> None:
+        """Keep this lease alive from now on, and ``others`` that are worked on beside it."""
+        self.lost, self.lease, self.others = False, lease, others
 
     def drop(self) -> None:
-        """The trial at hand is about to end, or has ended."""
-        self.lease = None
+        """The trials at hand are about to end, or have ended."""
+        self.lease, self.others = None, ()
 
     @property
     def interrupts(self) -> bool:
@@ -102,7 +104,7 @@ class Pulse:
         """Renew everything, hear the order, and queue the trials of dead workers again."""
         lease = self.lease
         try:
-            self.order = self.ledger.beat(self.worker, self.state, lease)
+            self.order = self.ledger.beat(self.worker, self.state, lease, self.others)
             self._say(self.ledger.reap(gone(self.ledger), overdue=self.contact.is_steady()))
         except LeaseLostError:
             # What ended while the beat was on its way is not lost.

@@ -2,6 +2,7 @@
 
 from tuner.ledger._changes import (
     Changes,
+    Ending,
     Lease,
     LeaseLostError,
     Limits,
@@ -11,13 +12,15 @@ from tuner.ledger._changes import (
 )
 from tuner.ledger._clock import read_now
 from tuner.ledger._fenced import FencedStorage
-from tuner.ledger._ledger import LEASE_SECONDS, Ledger
+from tuner.ledger._ledger import Ledger
+from tuner.ledger._reads import LEASE_SECONDS
 from tuner.ledger._schema import newest, prepare, version
 from tuner.ledger._tables import clocks
 
 __all__ = [
     "LEASE_SECONDS",
     "Changes",
+    "Ending",
     "FencedStorage",
     "Lease",
     "LeaseLostError",

@@ -67,8 +67,29 @@ class Order:
     detail: str | None = None
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How one of several trials ends: what is still to be written, and what ``finish`` takes.
+
+    ``state`` is the name of one of Optuna's; ``WAITING`` puts the trial back.
+    """
+
+    lease: Lease
+    changes: Changes
+    state: str
+    end: str
+    values: list[float] | None = None
+    reason: str | None = None
+    detail: str | None = None
+    seconds: float = 0.0
+
+
 class LeaseLostError(Exception):
-    """Another worker has the trial, or it ended: nothing was written."""
+    """Another worker has the trial of ``lease``, or it ended: nothing was written."""
+
+    def __init__(self, *text: str, lease: Lease | None = None) -> None:
+        super().__init__(*text)
+        self.lease = lease
 
 
 class SupersededError(Exception):

@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import Connection, Engine
+from optuna.trial import TrialState
+from sqlalchemy.engine import Connection
 
-from tuner.engines import PATIENCE, insist, reading
-from tuner.ledger import _fleet, _frozen, _optuna, _queue, _reap
-from tuner.ledger._changes import Changes, Lease, Limits, Order, SupersededError
-from tuner.ledger._history import History
-from tuner.ledger._schema import newest, version
-from tuner.ledger._tables import attempts, epochs, workers
+from tuner.engines import PATIENCE, insist
+from tuner.ledger import _fleet, _optuna, _queue, _reap
+from tuner.ledger._changes import (
+    Changes,
+    Ending,
+    Lease,
+    LeaseLostError,
+    Order,
+    SupersededError,
+)
+from tuner.ledger._reads import Reads
 
 T = TypeVar("T")
 
-LEASE_SECONDS = 60.0
-IDLE_SECONDS = 5.0
 SHORT = 2.0
 
 
-class Ledger:
+class Ledger(Reads):
     """Reads and writes of one study, each a transaction that is tried again when it can be.
 
     Many threads may use it. A connection that was not used for a while is given back.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        study_id: int,
-        *,
-        limits: Limits = Limits(),  # noqa: B008  (frozen)
-        lease_seconds: float = LEASE_SECONDS,
-    ) -> None:
-        self.engine, self.study_id, self.limits = engine, study_id, limits
-        self.lease_seconds = lease_seconds
-        self.patience = PATIENCE
-        self.history = History(study_id)
-        self._reading = threading.Lock()
-        self._used = time.monotonic()
-
     def prepare(self) -> None:
         """Make the study's own rows; once, before anybody works on it."""
         self._write(lambda c: _fleet.prepare(c, self.study_id))
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a ledger is not pickled: it holds a way into the database; open it anew")
 
     def _write(self, action: Callable[[Connection], T], patience: float = PATIENCE) -> T:
         def once() -> T:
@@ -62,19 +45,6 @@ class Ledger:
 
         self._used = time.monotonic()
         return insist(once, patience=min(patience, self.patience))
-
-    def _read(self, action: Callable[[Connection], T]) -> T:
-        def once() -> T:
-            with self.engine.connect().execution_options(**reading(self.engine)) as connection:
-                return action(connection)
-
-        self._used = time.monotonic()
-        return insist(once, patience=self.patience)
-
-    def rest(self) -> None:
-        """Give idle connections back: a server has few, and epochs may be long."""
-        if self.engine.dialect.name != "sqlite" and self._used < time.monotonic() - IDLE_SECONDS:
-            self.engine.dispose()
 
     # Tickets
 
@@ -103,6 +73,14 @@ class Ledger:
             return _queue.claim(connection, self.study_id, worker, self.lease_seconds, mark)
 
         return self._write(action)
+
+    def claim_alike(self, worker: tuple[str, int], rung: str, most: int) -> list[Lease]:
+        """Leases on up to ``most`` waiting trials of a rung, beside the one the worker has."""
+        return self._write(
+            lambda c: _queue.claim_alike(
+                c, self.study_id, worker, rung, most, self.lease_seconds, self.history.mark
+            )
+        )
 
     def write(
         self, lease: Lease, changes: Changes, *, patience: float = SHORT, **progress: Any
@@ -170,6 +148,24 @@ class Ledger:
         self._write(action, patience)
         changes.clear()
 
+    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+        """End many trials in one transaction, as ``finish`` ends one.
+
+        Returns:
+            The leases that were lost before: nothing was written of their trials.
+        """
+        left, lost = list(endings), []
+        while left:
+            try:
+                self._write(lambda c: _queue.finish_all(c, self.study_id, left))  # noqa: B023
+                break
+            except LeaseLostError as error:
+                lost.append(error.lease)
+                left = [ending for ending in left if ending.lease != error.lease]
+        for ending in left:
+            ending.changes.clear()
+        return [lease for lease in lost if lease is not None]
+
     def reap(self, dead: Sequence[tuple[str, int]] = (), *, overdue: bool = True) -> list[int]:
         """Queue the trials of ``dead`` workers again, and of leases that are overdue.
 
@@ -191,8 +187,16 @@ class Ledger:
             )
         )
 
-    def beat(self, worker: tuple[str, int], state: str, lease: Lease | None = None) -> Order:
+    def beat(
+        self,
+        worker: tuple[str, int],
+        state: str,
+        lease: Lease | None = None,
+        others: Sequence[Lease] = (),
+    ) -> Order:
         """Say that a worker is alive, renew its lease if it has one, and hear the order.
+
+        ``others`` are further leases it has; which of them are lost shows when they end.
 
         Raises:
             LeaseLostError: The lease is not the worker's any more; that it is alive is noted.
@@ -202,6 +206,8 @@ class Ledger:
         def action(connection: Connection) -> tuple[Order, bool]:
             _fleet.beat(connection, self.study_id, worker, state, self.lease_seconds)
             held = lease is None or _queue.renew(connection, lease, self.lease_seconds)
+            for other in others:
+                _queue.renew(connection, other, self.lease_seconds)
             return _fleet.order(connection, self.study_id, self.limits), held
 
         told, held = self._write(action, self.lease_seconds)
@@ -213,31 +219,6 @@ class Ledger:
         """Say goodbye; who cannot is found to be gone."""
         with contextlib.suppress(SupersededError, sa.exc.SQLAlchemyError):
             self._write(lambda c: _fleet.beat(c, self.study_id, worker, "left", 0.0), SHORT)
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Every worker the study had: see ``_fleet.listed``."""
-        return self._read(lambda c: _fleet.listed(c, self.study_id))
-
-    def running(self) -> int:
-        """How many trials are being worked on."""
-        held = (attempts.c.study_id == self.study_id) & attempts.c.holds.is_not(None)
-        statement = sa.select(sa.func.count()).where(held)
-        return int(self._read(lambda c: c.execute(statement).scalar_one()))
-
-    def alive(self) -> list[dict[str, Any]]:
-        """Rows of workers that did not say goodbye."""
-        statement = sa.select(workers).where(
-            workers.c.study_id == self.study_id, workers.c.state.not_in(_fleet.GONE)
-        )
-        return self._read(lambda c: [row._asdict() for row in c.execute(statement)])
-
-    def ready(self) -> bool:
-        """Whether the storage has Tuner's tables in this program's version; nothing is written."""
-        return self._read(version) == newest()
-
-    def standing(self) -> Order:
-        """What the fleet was told last; nothing is written, unlike with ``order``."""
-        return self._read(lambda c: _fleet.order(c, self.study_id, Limits()))
 
     def order(self) -> Order:
         """What the fleet is told at this moment; a limit that is exceeded stops it."""
@@ -257,42 +238,3 @@ class Ledger:
                 c, self.study_id, state, reason, detail, unless_given=unless_given
             )
         )
-
-    # Reading
-
-    def trials(self, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
-        """Trials in any of the states, or all, by number; do not change them."""
-        with self._reading:
-            return self._read(lambda c: self.history.trials(c, states))
-
-    def ended_after(
-        self, mark: int, have: Sequence[int], most: int
-    ) -> tuple[list[FrozenTrial], int]:
-        """Ended trials that another process lacks: see ``History.ended_after``."""
-        with self._reading:
-            self._read(self.history.read_ended)
-            return self.history.ended_after(mark, have, most)
-
-    def unfinished(self, states: Sequence[TrialState]) -> list[FrozenTrial]:
-        """Trials that wait or run at this moment, as ``states`` say; do not change them."""
-        return self._read(lambda c: self.history.unfinished(c, states))
-
-    def trial(self, trial_id: int) -> FrozenTrial:
-        """One trial as it is in the database now."""
-        if trial_id in self.history.known:
-            return self.history.known[trial_id]
-        return self._read(lambda c: _frozen.read(c, [trial_id])[0])
-
-    def attempts(self, trial_id: int | None = None) -> list[dict[str, Any]]:
-        """Attempts of a trial, or of all, oldest first, as columns."""
-        own = attempts.c.study_id == self.study_id
-        if trial_id is not None:
-            own &= attempts.c.trial_id == trial_id
-        statement = sa.select(attempts).where(own).order_by(attempts.c.token)
-        return self._read(lambda c: [row._asdict() for row in c.execute(statement)])
-
-    def epochs(self, trial_id: int) -> list[dict[str, Any]]:
-        """The metric vector of every epoch of a trial: epoch, seconds, samples, metrics."""
-        statement = sa.select(epochs).where(epochs.c.trial_id == trial_id).order_by(epochs.c.epoch)
-        rows = self._read(lambda c: c.execute(statement).all())
-        return [row._asdict() | {"metrics": json.loads(row.metrics)} for row in rows]

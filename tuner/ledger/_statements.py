@@ -64,6 +64,26 @@ def waiting(dialect: str) -> sa.Select[Any]:
 
 
 @cache
+def alike(dialect: str) -> sa.Select[Any]:
+    """Waiting trials of one rung, named as JSON, by number; at most ``of_most`` of them."""
+    of_rung = sa.exists().where(
+        USER.c.trial_id == TRIALS.c.trial_id,
+        USER.c.key == "fidelity",
+        USER.c.value_json == sa.bindparam("of_rung", type_=sa.String),
+    )
+    later = (TRIALS.c.study_id == _STUDY) & (TRIALS.c.trial_id > _AFTER)
+    statement = (
+        sa.select(TRIALS.c.trial_id)
+        .where(later, TRIALS.c.state == TrialState.WAITING, of_rung)
+        .order_by(TRIALS.c.number)
+        .limit(sa.bindparam("of_most", type_=sa.Integer))
+    )
+    if dialect == "postgresql":
+        return statement.with_for_update(skip_locked=True, of=TRIALS)
+    return statement
+
+
+@cache
 def ticket(dialect: str) -> sa.Select[Any]:
     """Number of a trial, how often it was tried, the time, and when its study started."""
     earlier = sa.select(sa.func.count()).where(attempts.c.trial_id == _TRIAL)

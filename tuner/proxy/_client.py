@@ -10,11 +10,22 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner.engines import PATIENCE, insist
-from tuner.ledger import LEASE_SECONDS, Changes, Lease, Ledger, Limits, Order, SupersededError
+from tuner.ledger import (
+    LEASE_SECONDS,
+    Changes,
+    Ending,
+    Lease,
+    Ledger,
+    Limits,
+    Order,
+    SupersededError,
+)
 from tuner.proxy import _wire
 
 SHORT = 2.0
 QUICK_SECONDS = 5.0
+# What one message may hold at the most.
+ENDINGS = 32
 
 T = TypeVar("T")
 
@@ -111,14 +122,32 @@ class RemoteLedger(Ledger):
         self._call("finish", lease, changes, patience=patience, values=exact, **told, **progress)
         changes.clear()
 
+    def claim_alike(self, worker: tuple[str, int], rung: str, most: int) -> list[Lease]:
+        return list(self._call("claim_alike", worker, rung, most))
+
+    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+        lost: list[Lease] = []
+        for begin in range(0, len(endings), ENDINGS):
+            lost += self._call("finish_all", endings[begin : begin + ENDINGS])
+        for ending in endings:
+            ending.changes.clear()
+        return lost
+
     def reap(self, dead: Sequence[tuple[str, int]] = (), *, overdue: bool = True) -> list[int]:
         return list(self._call("reap", dead, overdue=overdue, patience=SHORT))
 
     def register(self, worker_id: str, facts: dict[str, Any], *, dead: bool = False) -> int:
         return int(self._call("register", worker_id, facts, dead=dead))
 
-    def beat(self, worker: tuple[str, int], state: str, lease: Lease | None = None) -> Order:
-        order: Order = self._call("beat", worker, state, lease, patience=self.lease_seconds)
+    def beat(
+        self,
+        worker: tuple[str, int],
+        state: str,
+        lease: Lease | None = None,
+        others: Sequence[Lease] = (),
+    ) -> Order:
+        told = (worker, state, lease, list(others))
+        order: Order = self._call("beat", *told, patience=self.lease_seconds)
         return order
 
     def leave(self, worker: tuple[str, int]) -> None:

@@ -12,9 +12,17 @@ from typing import Any
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.ledger import Changes, Lease, LeaseLostError, Order, SupersededError, WorkerAliveError
+from tuner.ledger import (
+    Changes,
+    Ending,
+    Lease,
+    LeaseLostError,
+    Order,
+    SupersededError,
+    WorkerAliveError,
+)
 
-PROTOCOL = 1
+PROTOCOL = 2
 CALL = "/tuner.Ledger/Call"
 KIND = "$tuner"
 PAGE = 200
@@ -25,8 +33,10 @@ METHODS = (
         "ready",
         "enqueue",
         "claim",
+        "claim_alike",
         "write",
         "finish",
+        "finish_all",
         "reap",
         "register",
         "beat",
@@ -134,12 +144,14 @@ _ENCODERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "Lease": asdict,
     "Order": asdict,
     "Changes": _from_changes,
+    "Ending": lambda ending: dict(vars(ending)),
     "FrozenTrial": _from_trial,
 }
 _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "Lease": lambda fields: Lease(**fields),
     "Order": lambda fields: Order(**fields),
     "Changes": _to_changes,
+    "Ending": lambda fields: Ending(**fields),
     "FrozenTrial": _to_trial,
 }
 
