@@ -12,7 +12,8 @@ from tuner.datasets import Data
 from tuner.ledger import Lease
 from tuner.pulse import Pulse
 from tuner.rungs.attempt import Attempt
-from tuner.rungs.full import Outcome, Slot, run
+from tuner.rungs.full import run
+from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.peers import Peers
 from tuner.session import Session
 from tuner.tickets import next_lease

@@ -22,15 +22,19 @@ seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules posthoc statistics
 training entries pruning
 recipe
-lane loaded describe space evaluation
+lane loaded describe space evaluation sections
+heads
+ladder
 study trainer engines search artifacts
 remote
 storage
 ledger
 proxy
 fit pulse
+climbing
 tickets
 session
+trained proposals
 goals rungs verdict report card
 worker export web
 slots probe

@@ -19,7 +19,7 @@ from tuner.losses import LOSSES
 from tuner.pruning import Curve
 from tuner.recipe import Recipe
 from tuner.rungs import attempt, training
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 
 

@@ -26,7 +26,7 @@ from tuner.errors import TunerError
 from tuner.launch import Place
 from tuner.launch._cluster import Crew, connected, room
 from tuner.launch._ray import Placement
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.stores import FolderStore
 

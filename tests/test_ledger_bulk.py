@@ -112,8 +112,7 @@ def test_what_is_put_back_waits_with_its_rung(ledgers: Ledgers) -> None:
     ledgers.enqueue(*[HEAD] * 2)
     worker = enter(ledgers.first)
     leases = cohort(ledgers.first, worker, 2)
-    told = {"end": "preempted", "reason": "signal"}
-    back = [Ending(lease, Changes(), state="WAITING", **told) for lease in leases]
+    back = [Ending(lease, Changes(), state="WAITING", end="preempted") for lease in leases]
     assert ledgers.first.finish_all(back) == []
     again = ledgers.first.claim_alike(worker, "head", 9)
     assert [(lease.number, lease.attempt) for lease in again] == [(0, 2), (1, 2)]

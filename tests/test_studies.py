@@ -19,7 +19,7 @@ from optuna.trial import FixedTrial
 
 from tuner import session as sessions
 from tuner.recipe import Recipe
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.stores import FolderStore
 from tuner.study import StudyFile, load, parse
 from tuner.worker import work

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import MakeSession
 
-from tuner import artifacts, verdict
+from tuner import artifacts, trained, verdict
 from tuner.datasets import Data
 from tuner.worker import work
 
@@ -58,12 +58,12 @@ def test_lost_weights_are_trained_again_to_the_same_answer(
     work(session, digits)
     baseline = session.baseline()
     assert baseline is not None
-    kept = verdict.trained_lane(session, baseline, digits, "cpu")
+    kept = trained.trained_lane(session, baseline, digits, "cpu")
     store, images = session.trial_store(0), digits.validation.images
     weights = store.read(artifacts.WEIGHTS)
     for damage in (store.remove, lambda key: store.write(key, weights[:1000])):
         damage(artifacts.WEIGHTS)
-        again = verdict.trained_lane(session, baseline, digits, "cpu")
+        again = trained.trained_lane(session, baseline, digits, "cpu")
         assert again.logits(images).equal(kept.logits(images))
         assert len(store.read(artifacts.WEIGHTS)) == len(weights), "trained again and kept"
 

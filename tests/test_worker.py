@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from tuner import session as sessions
 from tuner.datasets import Data
 from tuner.errors import TunerError
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.stores import FolderStore
 from tuner.worker import StopRequest, work

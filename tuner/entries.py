@@ -50,6 +50,10 @@ class Fixed:
     def default(self, preferred: Any) -> None:
         """Nothing to preset."""
 
+    def settled(self, preferred: Any) -> Any:
+        """The value itself."""
+        return self.value
+
     def grid(self) -> list[Any]:
         """Nothing to enumerate."""
         return []
@@ -80,7 +84,14 @@ class Choice:
 
     def default(self, preferred: Any) -> Value:
         """The component's own default where it is among the values, else the first."""
-        return self._labels()[self.values.index(preferred) if preferred in self.values else 0]
+        return self._labels()[self._place(preferred)]
+
+    def settled(self, preferred: Any) -> Any:
+        """As ``default``, but the value as the component takes it."""
+        return self.values[self._place(preferred)]
+
+    def _place(self, preferred: Any) -> int:
+        return self.values.index(preferred) if preferred in self.values else 0
 
     def grid(self) -> list[Value]:
         """All values."""
@@ -122,6 +133,10 @@ class Range:
         if self.step is not None:
             value = self._at(min(round((value - self.low) / self.step), self.size() - 1))
         return round(value) if self.whole else float(value)
+
+    def settled(self, preferred: Any) -> float:
+        """As ``default``."""
+        return self.default(preferred)
 
     def grid(self) -> list[float]:
         """All values of a range with a step; whole numbers have step 1.

@@ -23,8 +23,9 @@ from tuner.lane import Lane
 from tuner.loaded import LoadedRecipe
 from tuner.posthoc import class_thresholds
 from tuner.session import Session
+from tuner.trained import stored_recipe, trained_lane
 from tuner.trainer import epochs
-from tuner.verdict import decide, stored_recipe, trained_lane
+from tuner.verdict import decide
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.json"

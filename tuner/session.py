@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, close_match
 from tuner.evaluation import certainty
 from tuner.fit import check_data, check_fit
+from tuner.ladder import Rung, is_judged
 from tuner.ledger import FencedStorage, Ledger, Limits, prepare
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
@@ -39,6 +41,7 @@ class Session:
     study: Study
     store: Store
     fenced: FencedStorage
+    views: dict[Rung, Study] = field(default_factory=dict, repr=False, compare=False)
     _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -55,16 +58,22 @@ class Session:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def best(self) -> FrozenTrial | None:
-        """The complete trial with the best value among those that keep the floor.
+        """The complete trial, so of the last rung, with the best value that keeps the floor.
 
         Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
         break the floor, it is the one that breaks it least.
         """
-        complete = [t for t in self.trials(TrialState.COMPLETE) if "metrics" in t.user_attrs]
-        feasible = [t for t in complete if self.keeps_floor(t)]
-        if feasible:
-            return max(feasible, key=self._rank)
-        return min(complete, key=self._breach, default=None)
+        return next(iter(self.ranked(self.trials(TrialState.COMPLETE))), None)
+
+    def ranked(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        """Those of the trials that were trained to the end of their rung, the best first.
+
+        First come those that keep the floor, by value; then the others, by how far they break it.
+        """
+        judged = [trial for trial in trials if is_judged(trial)]
+        feasible = [trial for trial in judged if self.keeps_floor(trial)]
+        broken = [trial for trial in judged if not self.keeps_floor(trial)]
+        return sorted(feasible, key=self._rank, reverse=True) + sorted(broken, key=self._breach)
 
     def _breach(self, trial: FrozenTrial) -> float:
         return self.floor_violation(trial.user_attrs["metrics"]) or 0.0

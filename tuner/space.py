@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -55,6 +55,18 @@ class Space:
                 if value is not None:
                     params[f"{part}.{name}.{key}"] = value
         return params
+
+    def held(self, parts: Collection[str]) -> Space:
+        """The same space with these parts held fixed at their published defaults."""
+        return replace(
+            self, parts={p: self._held(p) if p in parts else b for p, b in self.parts.items()}
+        )
+
+    def _held(self, part: str) -> Branches:
+        name = _plain(part, self.parts[part])
+        entries = self.parts[part][name].items()
+        cls = PARTS[part][name]
+        return {name: {k: Fixed(e.settled(default_of(cls, k))) for k, e in entries}}
 
     def variants(self, part: str) -> Iterator[dict[str, Any]]:
         """The defaults with every component of a part, and with every choice inside it.

@@ -8,93 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import Any
 
 from tuner.errors import StudyFileError, shown, unknown_name
+from tuner.ladder import Ladder, Rung, space_at
 from tuner.metrics import METRICS
 from tuner.recipe import PARTS, parse_part, read_text, read_toml
-from tuner.registry import checked, component
+from tuner.registry import checked
+from tuner.sections import Budget, Objective, Search
 from tuner.space import Space, parse_space
 
-LARGEST = 100_000
 LARGEST_GRID = 10_000
 LONGEST_NAME = 100
-
-
-@component
-class Floor:
-    """A metric that may not fall more than ``drop`` below the cross-entropy baseline's.
-
-    Like every metric of the search it is taken over the validation images, whose class mix is
-    flatter than that of the training part (``data.validation_cap``).
-    """
-
-    metric: str = "accuracy"
-    drop: Annotated[float, Field(ge=0, le=1)] = 0.02
-
-
-def _floor(value: Any) -> Any:
-    if value is False:
-        return None
-    if value is not None and not isinstance(value, Mapping | Floor):
-        raise ValueError("must be a table with metric and drop, or false for no floor")
-    return value
-
-
-@component
-class Objective:
-    """What a trial is judged by: a metric on validation, adjusted by default, and a floor.
-
-    In a study file ``floor = false`` stands for none.
-    """
-
-    metric: str = "tail_accuracy"
-    adjusted: bool = True
-    floor: Annotated[Floor | None, BeforeValidator(_floor)] = Floor()
-
-
-@component
-class Budget:
-    """How much may be trained, by all workers together; whatever is reached first ends it.
-
-    ``trials`` (all of a grid when not given) of ``epochs`` each; ``gpu_hours`` of training summed
-    over the slots, GPU or not; ``hours`` on the clock since the first trial began; ``target``, a
-    value of the objective; ``plateau``, complete trials without a better one than before.
-    """
-
-    trials: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
-    epochs: Annotated[int, Field(ge=1, le=LARGEST)]
-    gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    hours: Annotated[float, Field(gt=0)] | None = None
-    target: float | None = None
-    plateau: Annotated[int, Field(ge=1, le=LARGEST)] | None = None
-
-
-@component
-class Ladder:
-    """The rungs a study climbs; ``full`` trains every trial."""
-
-    rungs: Annotated[tuple[Literal["full"], ...], Field(min_length=1, max_length=1)] = ("full",)
-
-
-@component
-class Search:
-    """How trials are proposed and pruned.
-
-    ``gate`` belongs to the progressive strategy: the tail accuracy at which it stops.
-    ``prune_after`` is the share of training before which nothing is pruned; ``control`` the
-    share of trials that are never pruned, to measure what pruning would have cost.
-    """
-
-    algorithm: Literal["tpe", "random", "grid", "gp"] = "tpe"
-    strategy: Literal["plain", "progressive"] = "plain"
-    pruner: Literal["tail_accuracy", "none"] = "tail_accuracy"
-    gate: Annotated[float, Field(gt=0, le=1)] = 0.6
-    prune_after: Annotated[float, Field(ge=0, le=1)] = 0.5
-    control: Annotated[float, Field(ge=0, le=1)] = 0.1
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -129,10 +54,26 @@ class StudyFile:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def trials(self) -> int:
-        """Number of trials the budget allows; for a grid, the grid's size when not given."""
+        """Number of trials of the last rung; for a grid, the grid's size when not given."""
         if self.budget.trials is not None:
             return self.budget.trials
         return len(self.grid) + 1
+
+    def all_trials(self) -> int:
+        """Number of trials of all rungs."""
+        ladder, budget = self.ladder, self.trials()
+        apart = ladder.last != "full"
+        return sum(ladder.trials(rung, budget) for rung in ladder.rungs) + apart
+
+    def space_at(self, rung: Rung) -> Space:
+        """What a rung searches."""
+        if rung not in self._spaces:
+            self._spaces[rung] = space_at(self.space, self.ladder, rung)
+        return self._spaces[rung]
+
+    @cached_property
+    def _spaces(self) -> dict[Rung, Space]:
+        return {}
 
     @cached_property
     def grid(self) -> list[dict[str, Any]]:
@@ -230,6 +171,8 @@ def _check_together(study: StudyFile, where: str) -> None:
         )
     if search.strategy == "progressive":
         _check_progressive(study, where)
+    if study.ladder.rungs != ("full",):
+        _check_ladder(study, where)
 
 
 def _check_grid(study: StudyFile, where: str) -> None:
@@ -262,6 +205,22 @@ def _check_progressive(study: StudyFile, where: str) -> None:
             f"{where}: the last rung of the progressive strategy oversamples; "
             "add [space.sampler.class_aware] (and [space.sampler.natural] for the others)"
         )
+
+
+def _check_ladder(study: StudyFile, where: str) -> None:
+    search, rungs = study.search, study.ladder.rungs
+    for key, value in (("algorithm", "grid"), ("strategy", "progressive")):
+        if getattr(search, key) == value:
+            raise StudyFileError(
+                f'{where}: search.{key} = "{value}" names all its trials beforehand, so there is '
+                "nothing to climb; leave out [ladder], or choose another"
+            )
+    for rung in rungs:
+        if rung != "full" and not study.space_at(rung).rows():
+            raise StudyFileError(
+                f"{where}: ladder.rungs: {rung} searches loss and sampler only, and [space] leaves "
+                "neither open; add [space.loss.<name>] tables, or leave the rung out"
+            )
 
 
 def distinct_grid(space: Space) -> list[dict[str, Any]]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.climbing import Ticket, climb, ladder_lines, presets
 from tuner.ledger import Lease
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
     from tuner.session import Session
-
-Ticket = tuple[dict[str, Any], dict[str, Any]]
-"""Optuna parameters that are fixed beforehand, and user attributes."""
 
 AHEAD = 256
 MAX_BASELINES = 3
@@ -42,13 +40,18 @@ def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
     waiting = sum(t.state == TrialState.WAITING for t in trials)
     # Many workers come together when the queue runs dry: it is filled once, not topped up by each.
     room = AHEAD - waiting if waiting <= AHEAD // 2 else 0
-    have = Counter(t.user_attrs.get("rung") for t in trials if not beyond_budget(t))
+    have = Counter(_kind(t.user_attrs) for t in trials if not beyond_budget(t))
     due = []
     for params, attrs in _tickets(session):
-        have[attrs.get("rung")] -= 1
-        if have[attrs.get("rung")] < 0:
+        have[_kind(attrs)] -= 1
+        if have[_kind(attrs)] < 0:
             due.append((params, attrs))
     return due[:room] + _another_baseline(session)
+
+
+def _kind(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tickets are counted by: as many as there are of a kind are there already."""
+    return tuple(attrs.get(key) for key in ("fidelity", "rung", "promoted_from", "unseen"))
 
 
 def beyond_budget(trial: FrozenTrial) -> bool:
@@ -71,7 +74,7 @@ def retry_failed(session: Session) -> list[int]:
 
 
 def _retry(trial: FrozenTrial) -> Ticket:
-    kept = ("baseline", "preset", "rung")
+    kept = ("baseline", "preset", "rung", "fidelity", "promoted_from", "unseen")
     attrs = {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     return params, attrs | {"retry_of": trial.number}
@@ -104,17 +107,24 @@ def _plain_loss(session: Session) -> dict[str, str]:
 
 def _tickets(session: Session) -> Iterator[Ticket]:
     file = session.file
-    space, losses, budget = file.space, list(file.space.parts["loss"]), file.trials()
+    space, budget = file.space, file.trials()
     yield space.defaults(**_plain_loss(session)), {"baseline": True}
     if file.search.algorithm == "grid":
         yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
-        return
-    if file.search.strategy == "progressive":
+    elif file.search.strategy == "progressive":
         yield from _progressive_tickets(session)
-        return
-    presets = [loss for loss in losses if loss != "cross_entropy"][: budget - 1]
-    yield from ((space.defaults(loss=loss), {"preset": loss}) for loss in presets)
-    yield from (({}, {}) for _ in range(budget - 1 - len(presets)))
+    elif file.ladder.rungs == ("full",):
+        yield from _full_tickets(session)
+    else:
+        yield from climb(session)
+
+
+def _full_tickets(session: Session) -> Iterator[Ticket]:
+    """One published default per loss, the rest free."""
+    budget = session.file.trials() - 1
+    made = list(presets(session))[:budget]
+    yield from made
+    yield from (({}, {}) for _ in range(budget - len(made)))
 
 
 def _progressive_tickets(session: Session) -> Iterator[Ticket]:
@@ -153,8 +163,10 @@ def _best_tail(session: Session) -> float:
 
 
 def ladder_state(session: Session) -> str | None:
-    """Where the progressive strategy stands, in words; None for another strategy."""
+    """Where the ladder or the progressive strategy stands, in words; None without either."""
     search = session.file.search
+    if session.file.ladder.rungs != ("full",):
+        return "; ".join(ladder_lines(session))
     if search.strategy != "progressive":
         return None
     rungs = {t.user_attrs["rung"] for t in session.trials() if "rung" in t.user_attrs}

@@ -2,66 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import torch
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
-from tuner import artifacts
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
-from tuner.lane import Lane
 from tuner.metrics import confusion_matrix, evaluate, recall_per_class
-from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.statistics import bootstrap_intervals, holm, paired_difference
-from tuner.stores import StoreError
-from tuner.trainer import epochs
+from tuner.trained import trained_lane
 
 COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
-
-log = logging.getLogger(__name__)
-
-
-def stored_recipe(trial: FrozenTrial) -> Recipe:
-    """The recipe a trial was trained with, as the storage keeps it."""
-    return Recipe.from_dict(trial.user_attrs["recipe"], where=f"trial {trial.number}")
-
-
-def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) -> Lane:
-    """The trained model of a trial: from its stored weights, else trained again.
-
-    Weights are kept for the best trial and the baseline; training again from the same recipe,
-    data and seed gives the same numbers.
-    """
-    number = trial.user_attrs.get("duplicate_of", trial.number)
-    recipe = stored_recipe(trial)
-    store = session.trial_store(number)
-    identity = {**session.identity(), "digest": recipe.digest()}
-    weights = artifacts.load_weights(store, identity)
-    if weights is not None:
-        lane = Lane(recipe, data, device)
-        lane.model.load_state_dict(weights)
-        return lane
-    log.warning("trial %d has no usable stored weights; training it again", trial.number)
-    lane = train(recipe, data, device)
-    try:
-        artifacts.save_weights(store, lane.model, identity)
-    except StoreError as error:
-        log.warning("%s; the weights are used, but not kept", error)
-    return lane
-
-
-def train(recipe: Recipe, data: Data, device: str) -> Lane:
-    """Train a recipe from start to end."""
-    torch.set_num_threads(1)
-    lane = None
-    for result in epochs(recipe, data, device=device):
-        lane = result.lane
-    assert lane is not None, "a recipe has at least one epoch"
-    return lane
 
 
 def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ from tuner.fit import check_data
 from tuner.goals import stop_if_reached
 from tuner.ledger import Ledger, Order, WorkerAliveError
 from tuner.pulse import Pulse, facts, is_gone
-from tuner.rungs.full import OnEpoch, Outcome, Slot, run
+from tuner.rungs.full import run
+from tuner.rungs.outcome import OnEpoch, Outcome, Slot
 from tuner.rungs.peers import Peers
 from tuner.session import Session
 from tuner.tickets import next_lease
@@ -137,12 +138,14 @@ def _work(
             time.sleep(WAIT_SECONDS)
             continue
         pulse.hold(lease)
-        outcome = run(slot, lease, stop=stop, on_epoch=on_epoch)
+        outcomes: list[Outcome] = []
+        outcomes.append(run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=outcomes.append))
         pulse.drop()
-        if outcome.state == "complete":
+        if any(outcome.state == "complete" for outcome in outcomes):
             stop_if_reached(slot.session)
-        on_trial(outcome)
-        ended += outcome.state not in ("interrupted", "lost")
+        for outcome in outcomes:
+            on_trial(outcome)
+            ended += outcome.state not in ("interrupted", "lost")
     if pulse.superseded:
         log.warning("another process works as %s now; this one leaves", pulse.worker[0])
     return ended
@@ -206,4 +209,4 @@ def progress(session: Session) -> dict[str, Any]:
     """Counts of trials by state, and how many the budget allows."""
     trials = session.trials()
     counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
-    return {**counts, "budget": session.file.trials()}
+    return {**counts, "budget": session.file.all_trials()}

@@ -14,7 +14,7 @@ from tuner.cli import app
 from tuner.cli.options import Artifacts, DataFolder, Storage, StudyName, joined
 
 if TYPE_CHECKING:
-    from tuner.rungs.full import Outcome
+    from tuner.rungs.outcome import Outcome
 
 launch = typer.Typer(
     help="Place workers on many machines, with Ray or Slurm.", no_args_is_help=True

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tuner.cli import say
 from tuner.cli.show import describe
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.supervisor import Sight
 from tuner.trainer import EpochResult

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.trainer import EpochResult
 from tuner.worker import progress

@@ -14,7 +14,7 @@ from tuner.launch._actor import Worker
 from tuner.launch._cluster import Crew, check_room, shortened
 from tuner.launch._place import Place
 from tuner.launch._view import View
-from tuner.rungs.full import Outcome
+from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.storage import CAUSES
 from tuner.supervisor import Sight

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.rungs.full import Outcome, State
+from tuner.rungs.outcome import Outcome, State
 from tuner.session import Session
 from tuner.supervisor import Sight, Watch
 

@@ -16,11 +16,12 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.engines import insist
-from tuner.ledger._changes import Changes, Lease, Order
+from tuner.ledger._changes import Changes, Ending, Lease, Order
 from tuner.ledger._history import by_number
 from tuner.ledger._ledger import Ledger
 
 T = TypeVar("T")
+View = Callable[[list[FrozenTrial]], list[FrozenTrial]]
 
 
 @dataclass
@@ -45,6 +46,13 @@ class FencedStorage(BaseStorage):
     def __init__(self, behind: BaseStorage, ledger: Ledger) -> None:
         self.behind, self.ledger = behind, ledger
         self.held: dict[int, _Held] = {}
+        self.view: View | None = None
+
+    def through(self, view: View) -> FencedStorage:
+        """The same storage, with all trials of the study seen through ``view``."""
+        other = FencedStorage(self.behind, self.ledger)
+        other.held, other.view = self.held, view
+        return other
 
     def __reduce__(self) -> Any:
         raise TypeError("a storage is not pickled: it holds a way into the database; open it anew")
@@ -80,6 +88,13 @@ class FencedStorage(BaseStorage):
             values = [steps[max(steps)]]
         self.ledger.finish(held.lease, held.changes, state=state, values=values, **facts)
         self.drop(trial_id)
+
+    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+        """End many trials at once; the leases that were lost. See ``Ledger.finish_all``."""
+        lost = self.ledger.finish_all(endings)
+        for ending in endings:
+            self.drop(ending.lease.trial_id)
+        return lost
 
     def drop(self, trial_id: int) -> None:
         """Forget a trial and what was not written of it."""
@@ -151,11 +166,14 @@ class FencedStorage(BaseStorage):
     ) -> list[FrozenTrial]:
         """Trials of the ledger's study in any of the states."""
         wanted = None if states is None else tuple(s for s in TrialState if s in states)
-        found = list(self.ledger.trials(wanted))
+        found = list(self.ledger.trials(None if self.view else wanted))
         for own in [held.trial for held in self.held.values()]:
             place = bisect_left(found, own.number, key=by_number)
             if place < len(found) and found[place]._trial_id == own._trial_id:
                 found[place] = own
+        if self.view is not None:
+            seen = self.view(found)
+            found = [trial for trial in seen if wanted is None or trial.state in wanted]
         return copy.deepcopy(found) if deepcopy else found
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:

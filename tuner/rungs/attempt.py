@@ -10,10 +10,10 @@ from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner.engines import PATIENCE, passes
-from tuner.ledger import Lease
+from tuner.ladder import rung_of
+from tuner.ledger import Ending, Lease
+from tuner.proposals import proposing
 from tuner.pulse import Pulse
-from tuner.search import algorithm
-from tuner.seeding import derive_seed
 from tuner.session import Session
 from tuner.trainer import EpochResult
 
@@ -40,11 +40,8 @@ class Attempt:
     @cached_property
     def trial(self) -> Trial:
         """Optuna's trial; the algorithm begins to propose when it is asked for."""
-        session = self.session
-        seed = derive_seed(session.file.search.seed, "search", self.number)
-        session.study.sampler = algorithm(session.file.search.algorithm, seed % 2**32)
-        session.study._thread_local.cached_all_trials = None
-        return Trial(session.study, self.lease.trial_id)
+        study = proposing(self.session, rung_of(self), self.number)
+        return Trial(study, self.lease.trial_id)
 
     @property
     def user_attrs(self) -> dict[str, Any]:
@@ -119,6 +116,22 @@ class Attempt:
     def give_back(self, end: str, reason: str, detail: str | None = None) -> None:
         """Put the trial back into the queue; it keeps its parameters and its checkpoint."""
         self.end(TrialState.WAITING, end, reason=reason, detail=detail, patience=LEAVING_SECONDS)
+
+    def at_step(self, step: int, value: float) -> None:
+        """Collect Optuna's intermediate value of a step."""
+        self.session.fenced.set_trial_intermediate_value(self.lease.trial_id, step, value)
+
+    def forget_writes(self) -> None:
+        """Forget what was collected: the trial goes back as it was."""
+        self.session.fenced.held[self.lease.trial_id].changes.clear()
+
+    def ending(
+        self, state: TrialState, end: str, reason: str | None, value: float | None = None
+    ) -> Ending:
+        """What ends this attempt together with others; see ``FencedStorage.finish_all``."""
+        values = None if value is None else [value]
+        changes = self.session.fenced.held[self.lease.trial_id].changes
+        return Ending(self.lease, changes, state.name, end, values, reason, seconds=self.seconds)
 
     def drop(self) -> None:
         """Forget the trial: it is another worker's."""

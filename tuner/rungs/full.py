@@ -6,66 +6,40 @@ import contextlib
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner import artifacts
-from tuner.datasets import Data
 from tuner.engines import PATIENCE, passes
 from tuner.errors import NonFiniteError, StorageError, TunerError
+from tuner.ladder import rung_of
 from tuner.ledger import Changes, Lease, LeaseLostError
-from tuner.pulse import Pulse
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
+from tuner.rungs.head import run_cohort
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory, smaller
-from tuner.rungs.peers import Peers
+from tuner.rungs.outcome import OnEpoch, Outcome, Slot, State
 from tuner.rungs.recipes import equivalent, resolve
 from tuner.rungs.results import complete, constrain
 from tuner.rungs.training import Complete, Pruned, Stopped, Training, metrics_of
-from tuner.session import Session
-from tuner.trainer import EpochResult
 
 EX_BROKEN = 70
 
 log = logging.getLogger(__name__)
 
-State = Literal["complete", "duplicate", "pruned", "failed", "interrupted", "lost"]
-OnEpoch = Callable[[Trial, EpochResult, float], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended: its state, the reason unless it is complete, its value if any."""
-
-    number: int
-    state: State
-    reason: str | None = None
-    detail: str | None = None
-    value: float | None = None
-
-
-@dataclass
-class Slot:
-    """A share of a device worked by one process: what it keeps from one trial to the next.
-
-    ``micro_batch`` is the number of images that fit into its memory at once, once that had to
-    be found out.
-    """
-
-    session: Session
-    pulse: Pulse
-    data: Data
-    device: str
-    peers: Peers
-    micro_batch: int | None = None
-
 
 def run(
-    slot: Slot, lease: Lease, *, stop: Callable[[], bool], on_epoch: OnEpoch = lambda *_: None
+    slot: Slot,
+    lease: Lease,
+    *,
+    stop: Callable[[], bool],
+    on_epoch: OnEpoch = lambda *_: None,
+    on_trial: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
     """Train the trial of a lease and write its result into the storage.
+
+    At the head rung others that wait are trained beside it: ``on_trial`` hears of those.
 
     A trial that was interrupted goes on from its checkpoint. A recipe equivalent to one that
     is complete is not trained again: it gets that trial's result. When ``stop`` or the fleet's
@@ -75,6 +49,8 @@ def run(
     attempt = None
     try:
         attempt = Attempt(slot.session, lease, slot.pulse)
+        if rung_of(attempt) == "head":
+            return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
         return _run(slot, attempt, stop, on_epoch)
     except LeaseLostError:
         log.warning("trial %d went to another worker; its result counts", lease.number)

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.datasets import Data
 from tuner.imbalance import correction_warning
+from tuner.ladder import rung_of
 from tuner.losses import LOSSES
 from tuner.recipe import PARTS, Recipe
 from tuner.samplers import SAMPLERS
@@ -25,7 +26,8 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
 
     With ``data`` given, the recipe and what follows from it are noted in the trial.
     """
-    recipe = replace(session.file.space.suggest(trial), data=session.file.data)
+    space = session.file.space_at(rung_of(trial))
+    recipe = replace(space.suggest(trial), data=session.file.data)
     if trial.user_attrs.get("baseline"):
         recipe = plain(recipe)
     if data is not None:

@@ -16,6 +16,7 @@ from tuner.statistics._intervals import (
     worst_class_interval,
 )
 from tuner.statistics._paired import PairedDifference, holm, mcnemar, paired_difference
+from tuner.statistics._ranks import rank_correlation
 
 __all__ = [
     "Interval",
@@ -26,6 +27,7 @@ __all__ = [
     "mcnemar",
     "mean_recall_interval",
     "paired_difference",
+    "rank_correlation",
     "wilson",
     "worst_class_interval",
 ]

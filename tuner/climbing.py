@@ -1,0 +1,186 @@
+"""Tickets of a study that climbs the ladder: the cheapest rung first, then who is promoted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import FrozenTrial
+
+from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+Ticket = tuple[dict[str, Any], dict[str, Any]]
+"""Optuna parameters that are fixed beforehand, and user attributes."""
+
+COMPARES = {"compares": True}
+"""Marks the trials that tell whether a rung is to be followed; they are never pruned."""
+
+
+def climb(session: Session) -> Iterator[Ticket]:
+    """Tickets that are due after the baseline's, as far as that can be said by now.
+
+    What a rung promotes is known once it is over; whether it is followed, once the recipes that
+    compare the two rungs are trained: one default per loss, and half of those promoted.
+    """
+    if not _has_backbone(session):
+        return
+    ladder = session.file.ladder
+    for rung in ladder.rungs:
+        below = ladder.below(rung)
+        yield from _first(session, rung) if below is None else _above(session, rung, below)
+        if not is_over(session, rung):
+            return
+
+
+def _has_backbone(session: Session) -> bool:
+    """Whether the baseline, whose network the rungs below build on, came to its end."""
+    return session.baseline() is not None
+
+
+def is_over(session: Session, rung: Rung) -> bool:
+    """Whether all trials of a rung have ended."""
+    own = at(session, rung)
+    return len(own) >= _budget(session, rung) and all(t.state.is_finished() for t in own)
+
+
+def at(session: Session, rung: Rung) -> list[FrozenTrial]:
+    """Trials of a rung but for those beyond the budget."""
+    return [
+        trial
+        for trial in session.trials()
+        if rung_of(trial) == rung
+        and "retry_of" not in trial.user_attrs
+        and "again" not in trial.user_attrs
+    ]
+
+
+def _budget(session: Session, rung: Rung) -> int:
+    return session.file.ladder.trials(rung, session.file.trials())
+
+
+def _attrs(rung: Rung) -> dict[str, Any]:
+    return {} if rung == "full" else {"fidelity": rung}
+
+
+def presets(session: Session, rung: Rung = "full") -> Iterator[Ticket]:
+    """One published default per loss; at ``full`` plain cross-entropy is the baseline already."""
+    space = session.file.space_at(rung)
+    for loss in space.parts["loss"]:
+        if loss != "cross_entropy" or rung != "full":
+            yield space.defaults(loss=loss), {**_attrs(rung), "preset": loss}
+
+
+def _first(session: Session, rung: Rung) -> Iterator[Ticket]:
+    budget = _budget(session, rung) - (rung == "full")
+    made = list(presets(session, rung))[:budget]
+    yield from made
+    yield from (({}, _attrs(rung)) for _ in range(budget - len(made)))
+
+
+def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
+    """What the rung below promotes, one default per loss, and the algorithm's own."""
+    ladder, room = session.file.ladder, _budget(session, rung) - (rung == "full")
+    wanted = min(room, max(1, round(ladder.promoted * room)))
+    chosen = promoted(session, below, wanted)
+    half = (len(chosen) + 1) // 2
+    first = [_promotion(session, trial, rung) for trial in chosen[:half]]
+    first = [*first, *list(presets(session, rung))[: room - wanted]]
+    yield from ((params, attrs | COMPARES) for params, attrs in first)
+    own = [t for t in at(session, rung) if "compares" in t.user_attrs]
+    if len(own) < len(first) or any(not t.state.is_finished() for t in own):
+        return
+    more: list[Ticket] = []
+    if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
+        more = [_promotion(session, trial, rung) for trial in chosen[half:]]
+        if rung == "full":
+            more += _unseen(session, chosen, round(ladder.unseen * room))
+    more = more[: room - len(first)]
+    yield from more
+    yield from (({}, _attrs(rung)) for _ in range(room - len(first) - len(more)))
+
+
+def promoted(session: Session, rung: Rung, count: int) -> list[FrozenTrial]:
+    """The best trials of a rung, of different recipes; a third at most of one loss and sampler.
+
+    With fewer kinds than that allows, the best of the others fill up.
+    """
+    ranked = session.ranked(at(session, rung))
+    most, kinds, digests = max(1, -(-count // 3)), Counter[Any](), set()
+    chosen: list[FrozenTrial] = []
+    spare: list[FrozenTrial] = []
+    for trial in ranked:
+        attrs = trial.user_attrs
+        if attrs["digest"] in digests:
+            continue
+        digests.add(attrs["digest"])
+        kind = (attrs["loss"], attrs["sampler"])
+        kinds[kind] += 1
+        (chosen if kinds[kind] <= most else spare).append(trial)
+    return session.ranked((chosen + spare)[:count])
+
+
+def _promotion(session: Session, trial: FrozenTrial, rung: Rung) -> Ticket:
+    """The same loss and sampler, with everything else at its published default."""
+    space = session.file.space_at(rung)
+    names = {part: trial.params[part] for part in ACTING if part in trial.params}
+    params = {**space.defaults(**names), **_known(trial)}
+    return params, {**_attrs(rung), "promoted_from": trial.number}
+
+
+def _known(trial: FrozenTrial) -> dict[str, Any]:
+    return {key: v for key, v in trial.params.items() if key.partition(".")[0] in ACTING}
+
+
+def _unseen(session: Session, chosen: list[FrozenTrial], count: int) -> list[Ticket]:
+    """Promoted recipes in turn, with everything open that the rung below could not see."""
+    if not chosen or not set(session.file.space.rows()) - set(_seen_rows(session)):
+        return []
+    return [
+        (_known(t), {"promoted_from": t.number, "unseen": True})
+        for t in (chosen[i % len(chosen)] for i in range(count))
+    ]
+
+
+def _seen_rows(session: Session) -> list[tuple[str, str]]:
+    ladder = session.file.ladder
+    below = ladder.below("full")
+    return [] if below is None else session.file.space_at(below).rows()
+
+
+def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = False) -> Agreement:
+    """How two rungs rank the recipes that were trained to their end on both.
+
+    These are the promoted ones and the defaults of each loss; the baseline is that of
+    cross-entropy. ``decisive`` leaves those out that came after the decision to follow.
+    """
+    below = {t.number: t for t in at(session, lower) if is_judged(t)}
+    defaults = {t.user_attrs["preset"]: t for t in below.values() if "preset" in t.user_attrs}
+    pairs = []
+    for trial in filter(is_judged, at(session, upper)):
+        attrs = trial.user_attrs
+        if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
+            continue
+        plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
+        twin = below.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
+        if twin is not None:
+            pairs.append((twin.values[0], trial.values[0]))
+    return agreement(lower, upper, pairs)
+
+
+def ladder_lines(session: Session) -> list[str]:
+    """Where each rung stands, how it ranks beside the one below, and whether that is followed."""
+    ladder, lines = session.file.ladder, []
+    for rung in ladder.rungs:
+        own = at(session, rung)
+        ended = sum(t.state.is_finished() for t in own)
+        lines.append(f"{rung} {ended} of {_budget(session, rung)} trials")
+        below = ladder.below(rung)
+        if below is not None and any(map(is_judged, own)):
+            found = compared(session, below, rung)
+            low = compared(session, below, rung, decisive=True).is_low(ladder.trust)
+            lines.append(str(found) + (", too low to follow" if low else ""))
+    return lines

@@ -1,0 +1,174 @@
+"""The ladder of fidelities: its rungs, what each searches, and how far one is to be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
+
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import AfterValidator, Field
+
+from tuner.entries import Fixed
+from tuner.heads import HeadTraining
+from tuner.registry import component
+from tuner.space import Space
+from tuner.statistics import Interval, rank_correlation
+
+Rung = Literal["head", "deferred", "full"]
+RUNGS: tuple[Rung, ...] = ("head", "deferred", "full")
+ACTING = ("loss", "sampler")
+"""The parts of a recipe that the rungs below ``full`` search; the others are held fixed."""
+
+LARGEST = 100_000
+FEWEST_PAIRS = 6
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+
+
+class HasAttributes(Protocol):
+    """A trial, stored or at work."""
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """Its user attributes."""
+
+
+@component
+class HeadRung(HeadTraining):
+    """The rung that trains classifiers only, hundreds at once, on the features of one backbone.
+
+    ``trials``: how many. ``backbone``: ``baseline`` for the network of the study's plain
+    cross-entropy trial, ``initial`` for the model with the ``weights_file`` it is given.
+    """
+
+    trials: Count = 1000
+    backbone: Literal["baseline", "initial"] = "baseline"
+
+
+@component
+class DeferredRung:
+    """The rung that branches recipes from shared checkpoints at ``switch`` of the training."""
+
+    trials: Count = 40
+    switch: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+
+def _climbing(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
+    if list(rungs) != sorted(set(rungs), key=RUNGS.index):
+        raise ValueError(f"must name rungs once each, from the cheapest up: {', '.join(RUNGS)}")
+    return rungs
+
+
+@component
+class Ladder:
+    """The rungs a study climbs, cheapest first; the last one gives the answer.
+
+    ``[budget] trials`` are those of the last rung. Of them ``promoted`` is the share for the
+    best recipes of the rung below, and ``unseen`` the share for such recipes with everything
+    searched that the rung below cannot see. Where the ranks of the two rungs correlate by less
+    than ``trust`` (Spearman), both shares go to the algorithm's own proposals; else these learn
+    from the rung below too, unless ``prior`` is false.
+    """
+
+    rungs: Annotated[
+        tuple[Rung, ...], Field(min_length=1, max_length=3), AfterValidator(_climbing)
+    ] = ("full",)
+    promoted: Share = 0.25
+    unseen: Share = 0.25
+    trust: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    prior: bool = True
+    head: HeadRung = HeadRung()
+    deferred: DeferredRung = DeferredRung()
+
+    @property
+    def last(self) -> Rung:
+        """The rung that gives the answer."""
+        return self.rungs[-1]
+
+    def below(self, rung: Rung) -> Rung | None:
+        """The rung before ``rung``, if there is one."""
+        place = self.rungs.index(rung)
+        return self.rungs[place - 1] if place else None
+
+    def trials(self, rung: Rung, budget: int) -> int:
+        """How many trials a rung has, given those of the last one."""
+        if rung == self.last:
+            return budget
+        return self.head.trials if rung == "head" else self.deferred.trials
+
+
+def rung_of(trial: HasAttributes) -> Rung:
+    """The rung a trial is trained at."""
+    rung: Rung = trial.user_attrs.get("fidelity", "full")
+    return rung
+
+
+def is_judged(trial: FrozenTrial) -> bool:
+    """Whether a trial was trained to the end of its rung, and has a value there.
+
+    Below the last rung such a trial is ``PRUNED`` for Optuna, with the rung as the reason: the
+    study's best is one of the last rung.
+    """
+    attrs = trial.user_attrs
+    done = trial.state == TrialState.COMPLETE or attrs.get("reason") == attrs.get("fidelity", "")
+    return bool(done and trial.values and "metrics" in attrs)
+
+
+def space_at(space: Space, ladder: Ladder, rung: Rung) -> Space:
+    """What a rung searches: below ``full`` loss and sampler, which act from its beginning."""
+    if rung == "full":
+        return space
+    held = space.held({part for part in space.parts if part not in ACTING})
+    parts = dict(held.parts)
+    for part in ACTING:
+        branches = parts[part].items()
+        parts[part] = {
+            name: {key: Fixed(0.0) if key == "start" else e for key, e in entries.items()}
+            for name, entries in branches
+        }
+    if rung == "deferred":
+        parts["training"] = {"deferred": _deferred(parts["training"], ladder)}
+    return Space(parts, space.epochs, space.seed)
+
+
+def _deferred(branches: dict[str, dict[str, Any]], ladder: Ladder) -> dict[str, Any]:
+    entries = next(iter(branches.values()))
+    kept: dict[str, Any] = {
+        key: entries[key] for key in ("batch_size", "precision") if key in entries
+    }
+    return kept | {"switch": Fixed(ladder.deferred.switch)}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two rungs rank the recipes that were trained on both.
+
+    ``pairs`` are their objectives, the lower rung's first. ``correlation`` is Spearman's, None
+    below ``FEWEST_PAIRS`` pairs or where one side has no differences.
+    """
+
+    lower: Rung
+    upper: Rung
+    pairs: tuple[tuple[float, float], ...]
+    correlation: float | None
+    interval: Interval | None
+
+    def is_low(self, trust: float) -> bool:
+        """Whether the lower rung is not to be followed."""
+        return self.correlation is not None and self.correlation < trust
+
+    def __str__(self) -> str:
+        start = f"{self.lower} and {self.upper} rank"
+        if self.correlation is None or self.interval is None:
+            return f"{start} alike or not: {len(self.pairs)} recipes on both say too little"
+        low, high = self.interval.low, self.interval.high
+        found = f"{self.correlation:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{start} {len(self.pairs)} recipes with correlation {found}"
+
+
+def agreement(lower: Rung, upper: Rung, pairs: list[tuple[float, float]]) -> Agreement:
+    """Rank correlation of two rungs from the objectives of recipes trained on both."""
+    found = rank_correlation(pairs) if len(pairs) >= FEWEST_PAIRS else None
+    correlation, interval = found or (None, None)
+    return Agreement(lower, upper, tuple(pairs), correlation, interval)

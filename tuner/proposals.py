@@ -1,0 +1,114 @@
+"""What the algorithm learns from when it proposes for a rung: its trials, and of the rung below."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.climbing import compared
+from tuner.ladder import Rung, is_judged, rung_of
+from tuner.search import algorithm
+from tuner.seeding import derive_seed
+from tuner.session import Session
+
+MOST = 300
+BEST_SHARE = 0.25
+PRIOR = 48
+BLIND = 3
+"""At the head rung every third proposal is drawn at random: many are made before any is judged."""
+
+
+def proposing(session: Session, rung: Rung, number: int) -> Study:
+    """The study as the algorithm sees it that proposes trial ``number`` of a rung.
+
+    The study that is searched at one rung is seen whole.
+    """
+    study = _study(session, rung)
+    name = session.file.search.algorithm
+    if rung == "head" and number % BLIND == 0:
+        name = "random"
+    study.sampler = algorithm(name, derive_seed(session.file.search.seed, "search", number) % 2**32)
+    return study
+
+
+def forget(session: Session, rung: Rung) -> None:
+    """Read the trials again before the next proposal."""
+    _study(session, rung)._thread_local.cached_all_trials = None
+
+
+def _study(session: Session, rung: Rung) -> Study:
+    if session.file.ladder.rungs == ("full",):
+        return session.study
+    if rung not in session.views:
+        seen = session.fenced.through(_view(session, rung))
+        session.views[rung] = Study(study_name=session.study.study_name, storage=seen)
+    return session.views[rung]
+
+
+def _view(session: Session, rung: Rung) -> Callable[[list[FrozenTrial]], list[FrozenTrial]]:
+    done: dict[int, FrozenTrial] = {}
+
+    def view(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        own = [_as_complete(t, done) for t in trials if rung_of(t) == rung]
+        return sorted(_prior(session, rung) + _capped(session, own), key=lambda t: t.number)
+
+    return view
+
+
+def _as_complete(trial: FrozenTrial, done: dict[int, FrozenTrial]) -> FrozenTrial:
+    """A trial that reached the end of its rung, as one that is complete."""
+    if trial.state != TrialState.PRUNED or not is_judged(trial):
+        return trial
+    if trial.number not in done:
+        done[trial.number] = _with(trial, TrialState.COMPLETE)
+    return done[trial.number]
+
+
+def _with(trial: FrozenTrial, state: TrialState, value: float | None = None) -> FrozenTrial:
+    changed = copy.copy(trial)
+    changed.state = state
+    if value is not None:
+        changed.values = [value]
+    return changed
+
+
+def _capped(session: Session, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """At most ``MOST`` ended trials, the best and an even choice of the others.
+
+    What a proposal costs grows with the trials it learns from.
+    """
+    judged = [t for t in trials if t.state.is_finished()]
+    if len(judged) <= MOST:
+        return trials
+    ranked = session.ranked(judged)
+    best = ranked[: int(MOST * BEST_SHARE)]
+    rest = ranked[len(best) :]
+    chosen = np.linspace(0, len(rest) - 1, MOST - len(best)).round().astype(int)
+    open_ = [t for t in trials if not t.state.is_finished()]
+    return best + [rest[i] for i in sorted(set(chosen.tolist()))] + open_
+
+
+def _prior(session: Session, rung: Rung) -> list[FrozenTrial]:
+    """Trials of the rung below with the value they would have at this one.
+
+    A line through the recipes trained on both translates values; without a correlation that is
+    to be trusted there is no prior.
+    """
+    below = session.file.ladder.below(rung)
+    if below is None or not session.file.ladder.prior:
+        return []
+    found = compared(session, below, rung)
+    if found.correlation is None or found.is_low(session.file.ladder.trust):
+        return []
+    lower, upper = np.array(found.pairs, dtype=np.float64).T
+    slope, offset = np.polyfit(lower, upper, 1)
+    ranked = session.ranked(t for t in session.trials() if rung_of(t) == below)
+    chosen = np.linspace(0, len(ranked) - 1, PRIOR).round().astype(int)
+    return [
+        _with(ranked[i], TrialState.COMPLETE, float(slope * ranked[i].values[0] + offset))
+        for i in sorted(set(chosen.tolist()))
+    ]

@@ -1,0 +1,191 @@
+"""The rung that trains classifiers on the features of one backbone: many leases at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from optuna.trial import TrialState
+from torch import Tensor
+
+from tuner import artifacts
+from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
+from tuner.heads import HeadResult, train_heads
+from tuner.ledger import LeaseLostError
+from tuner.metrics import METRICS
+from tuner.proposals import forget
+from tuner.recipe import Recipe
+from tuner.rungs.attempt import Attempt
+from tuner.rungs.memory import is_out_of_memory
+from tuner.rungs.outcome import Outcome, Slot
+from tuner.rungs.recipes import kept_trials, resolve
+from tuner.rungs.results import constrain
+from tuner.rungs.training import metrics_of
+from tuner.trained import Backbone, assembled, backbone, features_folder
+
+log = logging.getLogger(__name__)
+
+
+def run_cohort(
+    slot: Slot, attempt: Attempt, *, stop: Callable[[], bool], on_trial: Callable[[Outcome], None]
+) -> Outcome:
+    """Train the trial of ``attempt``, and others of the rung that wait beside it.
+
+    All results are written in one transaction. Trials that were not trained when somebody asked
+    to stop go back into the queue.
+
+    Raises:
+        LeaseLostError: The trial of ``attempt`` is another worker's by now.
+    """
+    found = _backbone(slot)
+    session, pulse = slot.session, slot.pulse
+    leases = session.ledger.claim_alike(pulse.worker, "head", slot.lanes - 1)
+    others = [Attempt(session, lease, pulse) for lease in leases]
+    pulse.hold(attempt.lease, leases)
+    try:
+        first, *rest = _Cohort(slot, [attempt, *others], found).run(stop)
+    except BaseException as error:
+        _put_back(slot, others)
+        if is_out_of_memory(error) and slot.lanes > 1:
+            slot.lanes //= 2
+            log.warning("out of memory; now %d classifiers at once", slot.lanes)
+            return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
+        raise
+    for outcome in rest:
+        on_trial(outcome)
+    if first.state == "lost":
+        raise LeaseLostError
+    return first
+
+
+def _backbone(slot: Slot) -> Backbone:
+    if slot.backbone is None:
+        slot.backbone = backbone(slot.session, slot.data, slot.device, features_folder())
+    return slot.backbone
+
+
+def _put_back(slot: Slot, attempts: Sequence[Attempt]) -> None:
+    """Put trials back whose training did not come to an end."""
+    fenced = slot.session.fenced
+    held = [a for a in attempts if a.lease.trial_id in fenced.held]
+    for attempt in held:
+        attempt.forget_writes()
+    fenced.finish_all([attempt.ending(TrialState.WAITING, "released", "error") for attempt in held])
+
+
+class _Cohort:
+    """Trials that are trained together."""
+
+    def __init__(self, slot: Slot, attempts: Sequence[Attempt], found: Backbone) -> None:
+        self.slot, self.attempts, self.found = slot, attempts, found
+        self.session, self.data = slot.session, slot.data
+        self.is_last = self.session.file.ladder.last == "head"
+        self.started = time.perf_counter()
+        self.results: dict[int, tuple[HeadResult, Assessment]] = {}
+
+    def run(self, stop: Callable[[], bool]) -> list[Outcome]:
+        """Propose, train, judge and write; how each trial ended."""
+
+        def over() -> bool:
+            return stop() or self.slot.pulse.interrupts
+
+        forget(self.session, "head")
+        self.recipes = [resolve(self.session, a.trial, self.data) for a in self.attempts]
+        settings, lanes = self.session.file.ladder.head, self.slot.lanes
+        trained = train_heads(
+            self.recipes, self.found.features, self.data, settings, lanes=lanes, stop=over
+        )
+        for index, result in trained:
+            self.results[index] = (result, self._judge(self.recipes[index], result))
+        return self._write()
+
+    def _judge(self, recipe: Recipe, result: HeadResult) -> Assessment:
+        logits = torch.nan_to_num(result.logits) if result.diverged else result.logits
+        return assess_validation(logits, self.data, recipe)
+
+    def _write(self) -> list[Outcome]:
+        best = self._best() if self.is_last else None
+        share = (time.perf_counter() - self.started) / max(1, len(self.results))
+        outcomes, endings = [], []
+        for index, attempt in enumerate(self.attempts):
+            outcome, state = self._conclude(index, full=index == best)
+            end = "preempted" if state == TrialState.WAITING else outcome.state
+            attempt.seconds = share if index in self.results else 0.0
+            endings.append(attempt.ending(state, end, outcome.reason, outcome.value))
+            outcomes.append(outcome)
+        lost = {lease.number for lease in self.session.fenced.finish_all(endings)}
+        self.slot.pulse.drop()
+        if best is not None:
+            self._keep_weights(best)
+        return [Outcome(o.number, "lost") if o.number in lost else o for o in outcomes]
+
+    def _conclude(self, index: int, *, full: bool) -> tuple[Outcome, TrialState]:
+        """Note a trial's result; how it ends for us and for Optuna."""
+        attempt = self.attempts[index]
+        if index not in self.results:
+            attempt.forget_writes()
+            return Outcome(attempt.number, "interrupted", "signal"), TrialState.WAITING
+        result, assessment = self.results[index]
+        if result.diverged:
+            attempt.note({"reason": "not_finite"})
+            constrain(attempt, None)
+            return Outcome(attempt.number, "pruned", "not_finite"), TrialState.PRUNED
+        value = self._note(attempt, result, assessment, full)
+        if self.is_last:
+            return Outcome(attempt.number, "complete", value=value), TrialState.COMPLETE
+        attempt.note({"reason": "head"})
+        return Outcome(attempt.number, "pruned", "head", value=value), TrialState.PRUNED
+
+    def _note(
+        self, attempt: Attempt, result: HeadResult, assessment: Assessment, full: bool
+    ) -> float:
+        objective, data = self.session.file.objective, self.data
+        value = assessment.value(objective.metric, adjusted=objective.adjusted)
+        metrics = metrics_of(assessment)
+        facts = {"metrics": metrics, "tau": assessment.tau, "train_loss": result.train_loss}
+        if self.is_last:
+            facts["recall_per_class"] = recalls(assessment, data)
+            facts["extras"] = extras(
+                result.logits, *_norms(result), data.validation.targets.cpu(), data.groups
+            )
+        if full:
+            facts["intervals"] = intervals(result.logits, assessment, data)
+        attempt.note(facts)
+        attempt.at_step(0, value)
+        constrain(attempt, metrics)
+        return value
+
+    def _best(self) -> int | None:
+        """The trial of this cohort with the best value that keeps the floor."""
+        objective, found = self.session.file.objective, []
+        for place, (result, assessment) in self.results.items():
+            value = assessment.value(objective.metric, adjusted=objective.adjusted)
+            broken = self.session.floor_violation(metrics_of(assessment)) or 0.0
+            if not result.diverged and broken <= 0:
+                found.append((value, place))
+        sign = 1 if METRICS[objective.metric] == "maximize" else -1
+        return max(found, key=lambda pair: (sign * pair[0], -pair[1]))[1] if found else None
+
+    def _keep_weights(self, index: int) -> None:
+        attempt, recipe = self.attempts[index], self.recipes[index]
+        if attempt.number not in kept_trials(self.session):
+            return
+        lane = assembled(recipe, self.found, self.results[index][0], self.data, self.slot.device)
+        store = self.session.trial_store(attempt.number)
+        meta = {**self.session.identity(), "digest": recipe.digest()}
+        try:
+            artifacts.save_weights(store, lane.model, meta)
+        except Exception as error:
+            # The result is written: nothing that happens now may undo it.
+            log.warning("trial %d: its weights are not kept: %s", attempt.number, error)
+        artifacts.keep_weights_only_of(self.session.store, kept_trials(self.session))
+
+
+def _norms(result: HeadResult) -> tuple[Tensor, Tensor]:
+    """Norms of the classifier's rows and its bias; a cosine head divides by the norms itself."""
+    ones = torch.ones(len(result.weight))
+    if result.bias is None:
+        return ones, torch.zeros_like(ones)
+    return result.weight.norm(dim=1), result.bias

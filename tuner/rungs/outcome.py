@@ -1,0 +1,50 @@
+"""What a rung is given, a slot, and what it says of a trial, an outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from optuna.trial import Trial
+
+from tuner.datasets import Data
+from tuner.pulse import Pulse
+from tuner.rungs.peers import Peers
+from tuner.session import Session
+from tuner.trained import Backbone
+from tuner.trainer import EpochResult
+
+COHORT = 128
+
+State = Literal["complete", "duplicate", "pruned", "failed", "interrupted", "lost"]
+OnEpoch = Callable[[Trial, EpochResult, float], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: its state, the reason unless it is complete, its value if any."""
+
+    number: int
+    state: State
+    reason: str | None = None
+    detail: str | None = None
+    value: float | None = None
+
+
+@dataclass
+class Slot:
+    """A share of a device worked by one process: what it keeps from one trial to the next.
+
+    ``micro_batch`` is the number of images that fit into its memory at once, once that had to
+    be found out; ``lanes`` that of classifiers, whose ``backbone`` is kept once it was needed.
+    """
+
+    session: Session
+    pulse: Pulse
+    data: Data
+    device: str
+    peers: Peers
+    micro_batch: int | None = None
+    lanes: int = COHORT
+    backbone: Backbone | None = None

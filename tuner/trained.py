@@ -1,0 +1,151 @@
+"""The trained model of a trial: from its stored weights, else trained again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from optuna.trial import FrozenTrial
+
+from tuner import artifacts
+from tuner.augment import Augmenter
+from tuner.datasets import Data
+from tuner.heads import Features, HeadResult, cached_features, train_heads
+from tuner.ladder import rung_of
+from tuner.lane import Lane
+from tuner.recipe import Recipe
+from tuner.session import Session
+from tuner.stores import StoreError
+from tuner.trainer import epochs
+
+WEIGHTS_SECONDS = 20.0
+
+log = logging.getLogger(__name__)
+
+
+def stored_recipe(trial: FrozenTrial) -> Recipe:
+    """The recipe a trial was trained with, as the storage keeps it."""
+    return Recipe.from_dict(trial.user_attrs["recipe"], where=f"trial {trial.number}")
+
+
+def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) -> Lane:
+    """The trained model of a trial: from its stored weights, else trained again.
+
+    Weights are kept for the best trial and the baseline; training again from the same recipe,
+    data and seed gives the same numbers.
+    """
+    number = trial.user_attrs.get("duplicate_of", trial.number)
+    recipe = stored_recipe(trial)
+    store = session.trial_store(number)
+    identity = {**session.identity(), "digest": recipe.digest()}
+    weights = artifacts.load_weights(store, identity)
+    if weights is not None:
+        lane = Lane(recipe, data, device)
+        lane.model.load_state_dict(weights)
+        return lane
+    log.warning("trial %d has no usable stored weights; training it again", trial.number)
+    if rung_of(trial) == "head":
+        lane = head_lane(session, recipe, data, device)
+    else:
+        lane = train(recipe, data, device)
+    try:
+        artifacts.save_weights(store, lane.model, identity)
+    except StoreError as error:
+        log.warning("%s; the weights are used, but not kept", error)
+    return lane
+
+
+def train(recipe: Recipe, data: Data, device: str) -> Lane:
+    """Train a recipe from start to end."""
+    torch.set_num_threads(1)
+    lane = None
+    for result in epochs(recipe, data, device=device):
+        lane = result.lane
+    assert lane is not None, "a recipe has at least one epoch"
+    return lane
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """The network whose features the head rung trains on: as a lane, and the features."""
+
+    lane: Lane
+    features: Features
+
+
+def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbone:
+    """The backbone of the head rung, and its features from ``folder`` or made and left there.
+
+    It is the network of the baseline, or the model as it is built, as ``ladder.head.backbone``
+    says. Only what acts on single images augments them: nothing is mixed.
+
+    Raises:
+        TunerError: The baseline is not complete, or the features cannot be had.
+    """
+    baseline = session.baseline()
+    assert baseline is not None, "tickets of the head rung come after the baseline"
+    settings = session.file.ladder.head
+    if settings.backbone == "initial":
+        lane = Lane(stored_recipe(baseline), data, device)
+    else:
+        _wait_for_weights(session, baseline)
+        lane = trained_lane(session, baseline, data, device)
+    features = cached_features(
+        lane.model,
+        data,
+        _unmixed(lane.recipe, data),
+        copies=settings.copies,
+        seed=lane.recipe.seed,
+        folder=folder,
+    )
+    return Backbone(lane, features)
+
+
+def _wait_for_weights(session: Session, trial: FrozenTrial) -> None:
+    """Give the worker that ended a trial a moment to write its weights."""
+    recipe = stored_recipe(trial)
+    store = session.trial_store(trial.number)
+    identity = {**session.identity(), "digest": recipe.digest()}
+    deadline = time.monotonic() + WEIGHTS_SECONDS
+    while artifacts.load_weights(store, identity) is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def _unmixed(recipe: Recipe, data: Data) -> Augmenter:
+    names = [name for name in ("mixup", "cutmix") if getattr(recipe.augment, name, 0)]
+    augment = replace(recipe.augment, **dict.fromkeys(names, 0.0)) if names else recipe.augment
+    built: Augmenter = augment.build(
+        data.image_shape,
+        mean=data.mean,
+        std=data.std,
+        class_counts=data.class_counts,
+        groups=data.groups,
+    )
+    return built
+
+
+def head_lane(session: Session, recipe: Recipe, data: Data, device: str) -> Lane:
+    """A recipe's classifier trained once more on the features, with the backbone before it."""
+    found = backbone(session, data, device, features_folder())
+    [(_, result)] = train_heads([recipe], found.features, data, session.file.ladder.head)
+    return assembled(recipe, found, result, data, device)
+
+
+def assembled(recipe: Recipe, found: Backbone, result: HeadResult, data: Data, device: str) -> Lane:
+    """The backbone and a classifier that was trained on its features, as one model."""
+    lane = Lane(recipe, data, device)
+    lane.model.backbone.load_state_dict(found.lane.model.backbone.state_dict())
+    head = {"weight": result.weight, **({} if result.bias is None else {"bias": result.bias})}
+    lane.model.head.load_state_dict(head)
+    return lane
+
+
+def features_folder() -> Path:
+    """Where this machine keeps features: ``TUNER_CACHE``, else beside other caches."""
+    root = os.environ.get("TUNER_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) if root else Path(home) / "tuner" / "features"
