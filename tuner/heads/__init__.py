@@ -1,0 +1,18 @@
+"""The head rung's engine: classifiers of hundreds of recipes on features of one backbone."""
+
+from __future__ import annotations
+
+from tuner.heads._features import Features, cached_features
+from tuner.heads._rows import Row, row_of
+from tuner.heads._settings import HeadTraining
+from tuner.heads._train import HeadResult, train_heads
+
+__all__ = [
+    "Features",
+    "HeadResult",
+    "HeadTraining",
+    "Row",
+    "cached_features",
+    "row_of",
+    "train_heads",
+]

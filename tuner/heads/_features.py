@@ -1,0 +1,206 @@
+"""Features of a frozen backbone, made once per machine and read by all its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tuner.augment import Augmenter
+from tuner.datasets import Data, Images
+from tuner.errors import TunerError
+from tuner.models import Classifier
+from tuner.seeding import generator
+
+LAYOUT = "tuner-features-1"
+BATCH = 512
+MAX_LOADERS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a backbone makes of the images: all that training a classifier needs.
+
+    Values are divided by ``scale``, which brings their mean square to about 1 and keeps them
+    within float16: the backbone's own features are ``train * scale``.
+
+    Attributes:
+        train: Features of the augmented copies of the training images, (A, N, D) float16.
+        train_targets: Their classes, (N,) int64.
+        validation: Features of the validation images as they are, (V, D) float16.
+        scale: What the values were divided by.
+        key: Hash of everything that the values depend on.
+    """
+
+    train: Tensor
+    train_targets: Tensor
+    validation: Tensor
+    scale: float
+    key: str
+
+
+def cached_features(
+    model: Classifier, data: Data, augment: Augmenter, *, copies: int, seed: int, folder: Path
+) -> Features:
+    """Features of the backbone of ``model``, from ``folder`` or made and left there.
+
+    Of the processes of a machine only one computes; the others wait, and all map the same
+    file into memory. A file that is truncated or is none is made again.
+
+    The first copy of the training images is as they are, the others are augmented. Nothing
+    is mixed: targets of mixed images would be soft, and mixing acts on pixels; so mixup and
+    cutmix have no effect on the features.
+
+    Raises:
+        TunerError: The augmenter mixes images even at the end of training, or the features
+            are not finite.
+    """
+    key = _key(model, data, augment, copies, seed)
+    path = Path(folder) / f"{key}.safetensors"
+    with _alone(path):
+        found = _read(path)
+        if found is None:
+            _write(path, _compute(model, data, augment, copies, seed))
+            found = _read(path)
+    if found is None:
+        raise TunerError(f"{path}: cannot be read although it was just written; is the disk full?")
+    tensors, scale = found
+    return Features(**tensors, scale=scale, key=key)
+
+
+def _key(model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int) -> str:
+    known = (LAYOUT, data.fingerprint, copies, seed, repr(model.backbone), model.repeat_channels)
+    total = hashlib.sha256(repr(known).encode())
+    about = (type(augment).__qualname__, getattr(augment, "settings", None))
+    total.update(repr(about).encode())
+    for module in (model.backbone, augment):
+        _digest(total, module)
+    return total.hexdigest()
+
+
+def _digest(total: Any, module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(flat.numpy().tobytes())
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process of the machine at a time look for ``path`` and make it."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
+    """Memory-mapped tensors and the scale; None where there is no whole file of this layout."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            names = ("train", "train_targets", "validation")
+            if meta.get("format") != LAYOUT or {*names} - {*file.keys()}:
+                return None
+            return {name: file.get_tensor(name) for name in names}, json.loads(meta["scale"])
+    except (FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError):
+        return None
+
+
+def _write(path: Path, made: tuple[dict[str, Tensor], float]) -> None:
+    """Put the file in place whole; only who holds the lock writes, so one name will do."""
+    tensors, scale = made
+    half = path.with_name(f".{path.name}.half")
+    meta = {"format": LAYOUT, "scale": json.dumps(scale)}
+    safetensors.torch.save_file(tensors, half, metadata=meta)
+    with half.open("rb") as file:
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def _compute(
+    model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int
+) -> tuple[dict[str, Tensor], float]:
+    """Features of every copy, in evaluation mode and float32."""
+    training = model.training
+    model.eval()
+    try:
+        maker = _Maker(model, augment)
+        validation = maker.features(data.validation.images, None, None)
+        scale = float(validation.double().square().mean().sqrt()) or 1.0
+        maker.scale = scale
+        train = torch.stack([maker.copy(data, copy, seed) for copy in range(copies)])
+    finally:
+        model.train(training)
+    tensors = {
+        "train": train,
+        "train_targets": data.train.targets.cpu().long(),
+        "validation": (validation / scale).half(),
+    }
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise TunerError("the backbone's features are not finite; train or choose another backbone")
+    return tensors, scale
+
+
+class _Maker:
+    """Makes features batch by batch."""
+
+    def __init__(self, model: Classifier, augment: Augmenter) -> None:
+        self.model, self.augment, self.scale = model, augment, 1.0
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def copy(self, data: Data, copy: int, seed: int) -> Tensor:
+        """Features (N, D) float16 of one copy of the training images; the first is plain."""
+        draws = generator(seed, "features", copy) if copy else None
+        images, targets = data.train.images, data.train.targets
+        return self.features(images, targets, draws)
+
+    @torch.inference_mode()
+    def features(
+        self, images: Images, targets: Tensor | None, draws: torch.Generator | None
+    ) -> Tensor:
+        """Features (N, D) in the order of the images, augmented if there are ``draws``."""
+        batches = torch.split(torch.arange(len(images)), BATCH)
+        workers = min(MAX_LOADERS, os.cpu_count() or 1)
+        loaded = images.batches(batches, workers=workers, pin=self.device.type == "cuda")
+        made = []
+        for indices, batch in zip(batches, loaded, strict=True):
+            inputs = self._inputs(batch.to(self.device), indices, targets, draws)
+            found = self.model.features(inputs.contiguous(memory_format=torch.channels_last))
+            made.append((found.float() / self.scale).to(self._dtype(targets)).cpu())
+        return torch.cat(made)
+
+    def _inputs(
+        self,
+        batch: Tensor,
+        indices: Tensor,
+        targets: Tensor | None,
+        draws: torch.Generator | None,
+    ) -> Tensor:
+        if targets is None or draws is None:
+            return self.augment.normalize(batch)
+        own = targets[indices.to(targets.device)].to(self.device)
+        inputs: Tensor
+        inputs, after = self.augment(batch, own, draws, 1.0)
+        if after.ndim != 1:
+            raise TunerError(
+                f"{type(self.augment).__name__} mixes images at progress 1; the head rung needs "
+                "an augmentation that can do without"
+            )
+        return inputs
+
+    @staticmethod
+    def _dtype(targets: Tensor | None) -> torch.dtype:
+        return torch.float32 if targets is None else torch.float16

@@ -1,0 +1,154 @@
+"""Gradients of the losses that have rows, in closed form, for a stack of lanes at once.
+
+Logits are (K, C, B): lanes, classes, samples. Samples come last because softmax over any other
+axis than the last is vectorised across samples, which for ten classes is twenty times as fast.
+Every operation treats lanes alike and apart: a lane's numbers do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tuner.heads._rows import Kind, Row
+
+VECTORS = ("weight", "mult", "add", "margin", "eps")
+NUMBERS = ("gamma", "gamma_neg")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Classes of the samples, of one batch for all lanes or of one per lane.
+
+    ``hit`` (1 or K, C, B) is 1 at the class of each sample, else 0; ``targets`` are (B,) or
+    (K, B). ``weight`` (K, 1, B) counts each sample in its lane's gradient, 1/B included.
+    """
+
+    targets: Tensor
+    hit: Tensor
+    weight: Tensor
+
+    def pick(self, table: Tensor) -> Tensor:
+        """Values (K, 1, B) of a table (K, C) at the samples' classes."""
+        if self.targets.ndim == 1:
+            return table.index_select(1, self.targets)[:, None]
+        return table.gather(1, self.targets)[:, None]
+
+
+class Table:
+    """The rows of all lanes; a row is overwritten in place."""
+
+    def __init__(self, lanes: int, classes: int, dtype: torch.dtype) -> None:
+        self.vectors = {name: torch.zeros(lanes, classes, dtype=dtype) for name in VECTORS}
+        self.numbers = {name: torch.zeros(lanes, 1, 1, dtype=dtype) for name in NUMBERS}
+        self.note()
+
+    def set(self, lane: int, row: Row) -> None:
+        """Overwrite the row of a lane; ``note`` must follow before the next step."""
+        for name, vectors in self.vectors.items():
+            vectors[lane] = getattr(row, name)
+        for name, numbers in self.numbers.items():
+            numbers[lane] = getattr(row, name)
+
+    def note(self) -> None:
+        """Take note of what no lane uses; leaving it out changes no bit of any lane."""
+        self.scaled = bool((self.vectors["mult"] != 1).any())
+        self.margins = bool((self.vectors["margin"] != 0).any())
+        self.focal = bool((self.numbers["gamma"] != 0).any())
+
+    def keep(self, lanes: Tensor) -> None:
+        """Only the given lanes, in that order."""
+        for values in (self.vectors, self.numbers):
+            for name, tensor in values.items():
+                values[name] = tensor.index_select(0, lanes)
+        self.note()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.vectors[name] if name in self.vectors else self.numbers[name]
+
+
+Gradient = Callable[[Tensor, Batch, Table, bool], tuple[Tensor, Tensor | None]]
+
+
+def softmax_gradient(
+    u: Tensor, batch: Batch, table: Table, value: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(p - hit) times the weight, and for focal lanes times d loss / d -log p_y."""
+    if table.margins:
+        u = u.addcmul_(batch.hit, batch.pick(table["margin"]), value=-1)
+    weight = batch.weight * batch.pick(table["weight"])
+    if not table.focal and not value:
+        return torch.softmax(u, 1).sub_(batch.hit).mul_(weight), None
+    p = torch.softmax(u, 1)
+    log_p, log_q = _own(u, p, batch)
+    losses = -weight * log_p
+    if table.focal:
+        steep, losses = _focal(log_p, log_q, losses, table["gamma"])
+        weight = weight * steep
+    return p.sub_(batch.hit).mul_(weight), losses if value else None
+
+
+def _own(u: Tensor, p: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p_y and log(1 - p_y), (K, 1, B) each, exact where p_y is near 1."""
+    own = (u * batch.hit).sum(1, keepdim=True)
+    rest = (p - p * batch.hit).sum(1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
+    log_p = torch.where(rest < 0.5, torch.log1p(-rest), own - u.logsumexp(1, keepdim=True))
+    return log_p, rest.log()
+
+
+def _focal(log_p: Tensor, log_q: Tensor, losses: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """d [-(1 - p)^γ log p] / d [-log p], and the losses times (1 - p)^γ."""
+    modulator = (gamma * log_q).exp()
+    steep = modulator - gamma * (log_p + (gamma - 1) * log_q).exp() * log_p
+    return steep, losses * modulator
+
+
+def smooth_gradient(
+    u: Tensor, batch: Batch, table: Table, value: bool
+) -> tuple[Tensor, Tensor | None]:
+    """With G = d loss / d log p, the gradient is G - p · ΣG."""
+    weight = batch.weight * batch.pick(table["weight"])
+    eps = batch.pick(table["eps"])
+    share = eps / u.shape[1]
+    log_all = torch.log_softmax(u, 1)
+    p = log_all.exp()
+    log_p, log_q = _own(u, p, batch)
+    ones = torch.ones_like(log_p)
+    steep, modulator = _focal(log_p, log_q, ones, table["gamma"])
+    own = (1 - eps + share) * steep
+    falling = table["gamma_neg"] * log_all
+    kept = falling.exp()
+    other = kept * (falling + 1) * share
+    pull = other + (own - other) * batch.hit
+    losses = None
+    if value:
+        spread = (kept * log_all * (1 - batch.hit)).sum(1, keepdim=True)
+        losses = -weight * ((1 - eps + share) * modulator * log_p + share * spread)
+    return p.mul_(pull.sum(1, keepdim=True)).sub_(pull).mul_(weight), losses
+
+
+def sigmoid_gradient(
+    u: Tensor, batch: Batch, table: Table, value: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Per class with v = ±u: the gradient of σ(-v)^γ · -log σ(v)."""
+    weight = batch.weight * batch.pick(table["weight"])
+    if not table.focal and not value:
+        return torch.sigmoid(u).sub_(batch.hit).mul_(weight), None
+    sign = 2 * batch.hit - 1
+    v = u * sign
+    log_p, log_q = logsigmoid(v), logsigmoid(-v)
+    modulator = (table["gamma"] * log_q).exp()
+    slope = modulator * (table["gamma"] * log_p.exp() * log_p - log_q.exp())
+    losses = -weight * (modulator * log_p).sum(1, keepdim=True) if value else None
+    return slope.mul_(sign).mul_(weight), losses
+
+
+GRADIENTS: Mapping[Kind, Gradient] = {
+    "softmax": softmax_gradient,
+    "smooth": smooth_gradient,
+    "sigmoid": sigmoid_gradient,
+}

@@ -1,0 +1,112 @@
+"""What both ways of training share: the features in memory, a recipe's order, its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tuner.datasets import Data
+from tuner.heads._features import Features
+from tuner.heads._settings import HeadTraining
+from tuner.heads._stack import Stack
+from tuner.losses import Loss
+from tuner.models import Head
+from tuner.recipe import Recipe
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadResult:
+    """What training one classifier gave.
+
+    Attributes:
+        logits: Of the validation part, (V, C) float32, scaled as ``Lane.logits`` does.
+        weight: Of the classifier for the backbone's own features, (C, D).
+        bias: Of the classifier, (C,); None for a cosine head.
+        train_loss: Mean loss of the last epoch's samples.
+        diverged: Whether a number is not finite; then all of this is worth nothing.
+    """
+
+    logits: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    train_loss: float
+    diverged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """A recipe to train, its place in the caller's list and its built loss."""
+
+    index: int
+    recipe: Recipe
+    loss: Loss
+
+    @classmethod
+    def of(cls, index: int, recipe: Recipe, data: Data) -> Order:
+        """The order of a recipe; its loss stands at the beginning of the training."""
+        loss: Loss = recipe.loss.build(data.class_counts)
+        loss.advance(0.0)
+        loss.train()
+        return cls(index, recipe, loss)
+
+    def head_bias(self) -> float | None:
+        """Initial bias that the loss asks for."""
+        bias: float | None = self.recipe.loss.head_bias(self.loss.num_classes)
+        return bias
+
+
+class Material:
+    """Features as training takes them, for either kind of head.
+
+    A linear head sees them divided by their root mean square length, a cosine head divided by
+    each one's own length.
+    """
+
+    def __init__(
+        self, features: Features, data: Data, settings: HeadTraining, dtype: torch.dtype
+    ) -> None:
+        self.features, self.data, self.settings, self.dtype = features, data, settings, dtype
+        copies, images, self.width = features.train.shape
+        self.copies, self.images = copies, images
+        self.rows = features.train.reshape(copies * images, self.width)
+        self.targets = features.train_targets
+        self.classes = data.num_classes
+        self.unit = self.width**0.5
+
+    def inputs(self, places: Tensor, head: Head) -> Tensor:
+        """Inputs (…, D) of a head at places of the features, copy · N + image."""
+        rows = self.rows.index_select(0, places.flatten())
+        return self._as_input(rows, head).view(*places.shape, self.width)
+
+    def _as_input(self, rows: Tensor, head: Head) -> Tensor:
+        values = rows.to(self.dtype)
+        return normalize(values) if head == "cosine" else values.div_(self.unit)
+
+    def validation(self, head: Head) -> Tensor:
+        """Inputs (V, D) of a head for the validation part."""
+        return self._as_input(self.features.validation, head)
+
+    def hits(self, targets: Tensor) -> Tensor:
+        """1 at each sample's class, (…, C, B), for targets (…, B)."""
+        classes = torch.arange(self.classes)[:, None]
+        return (targets.unsqueeze(-2) == classes).to(self.dtype)
+
+    def result(
+        self, stack: Stack, lane: int, order: Order, validation: Tensor, train_loss: float
+    ) -> HeadResult:
+        """Judge a lane that is done."""
+        weight, bias = stack.classifier(lane)
+        acting = weight if bias is not None else normalize(weight)
+        logits = validation @ acting.t()
+        if bias is not None:
+            logits += bias
+            weight = weight / (self.unit * self.features.scale)
+        logits = logits.float() * order.recipe.loss.output_scale()
+        finite = bool(logits.isfinite().all()) and train_loss - train_loss == 0
+        return HeadResult(logits, weight, bias, train_loss, not finite)
