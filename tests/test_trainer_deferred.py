@@ -142,16 +142,12 @@ def test_momentum_runs_on_through_the_switch(digits: Data) -> None:
     lane.begin_epoch()
     for indices, images in lane.images(lane.plan()[:1]):
         lane.step(indices, images, share=0.5)
-    optimizer, momentum = (
-        lane.optimizer,
-        lane.snapshot().tensors["optimizer/state.0.momentum_buffer"],
-    )
+    optimizer, momentum = lane.optimizer, momentum_of(lane)
     lane.epoch = SWITCH
     lane.begin_epoch()
     assert lane.optimizer is optimizer
-    now = lane.snapshot().tensors["optimizer/state.0.momentum_buffer"]
     assert momentum.any()
-    assert torch.equal(now, momentum)
+    assert torch.equal(momentum_of(lane), momentum)
 
 
 def test_second_stage_trains_with_the_recipes_own_loss_and_sampler(digits: Data) -> None:
@@ -222,7 +218,7 @@ def test_snapshot_that_is_nothing_to_branch_from_is_refused_with_the_reason(digi
             list(epochs(one, digits, resume=next(epochs(other, digits)).snapshot()))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_plain_form_of_every_loss_is_cross_entropy_on_the_same_logits(
     name: str, digits: Data
 ) -> None:
@@ -236,6 +232,10 @@ def test_plain_form_of_every_loss_is_cross_entropy_on_the_same_logits(
     logits = outputs * component.output_scale()
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(ours, expected)
+
+
+def momentum_of(lane: Lane) -> Tensor:
+    return lane.snapshot().tensors["optimizer/state.0.momentum_buffer"]
 
 
 def built(name: str, data: Data) -> Loss:
