@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_trainer_interruption import stopped, through_a_file
+from torch import Tensor
 from trainer_cases import recipe, trained
 
 from tuner.datasets import Data
