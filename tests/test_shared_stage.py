@@ -21,7 +21,7 @@ from tuner.trainer import EpochResult
 from tuner.trainer import epochs as real_epochs
 
 SWITCH, EPOCHS = 4, 6
-LOSSES = {"focal": {}, "balanced_softmax": {}, "label_smoothing": {}}
+LOSSES: dict[str, Any] = {"focal": {}, "balanced_softmax": {}, "label_smoothing": {}}
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_switch_within_an_epoch_acts_from_the_next_one_on(digits: Data) -> None:
 def test_deferring_nothing_is_training_in_one_stage(
     loss: dict[str, Any], sampler: dict[str, Any], digits: Data
 ) -> None:
-    parts = {"loss": loss, "sampler": sampler, "model": {"name": "small_cnn"}}
+    parts: dict[str, Any] = {"loss": loss, "sampler": sampler, "model": {"name": "small_cnn"}}
     single, idle = recipe(**parts), deferred(parts)
     assert idle.digest() == single.digest()
     assert idle.settled() == single.settled()
