@@ -95,9 +95,10 @@ def add_trial(
     head: float = 0.9,
     accuracy: float = 0.8,
     epochs: int = 10,
+    first: int = 0,
     **attrs: Any,
 ) -> int:
-    """Add a trial with these values after its epochs; its number."""
+    """Add a trial with these values after its epochs, from ``first`` on; its number."""
     session.study.enqueue_trial({"loss": loss})
     trial = session.study.ask()
     recipe = session.file.space.suggest(trial)
@@ -117,7 +118,7 @@ def add_trial(
         violation = session.floor_violation(trial.user_attrs["metrics"])
         if violation is not None:
             trial.set_constraint("floor", violation)
-    for epoch, value in enumerate(values):
+    for epoch, value in enumerate(values, start=first):
         trial.report(value, step=epoch)
     if state != "running":
         result = values[-1] if state == "complete" else None

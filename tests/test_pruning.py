@@ -79,6 +79,21 @@ def test_trials_of_other_lengths_are_compared_at_equal_fraction() -> None:
     assert behind(curve(0.22, length=12), long)
 
 
+def test_branch_is_compared_at_its_own_epochs_and_has_no_value_before_them() -> None:
+    branch = Curve("focal", (0.1, 0.2, 0.3, 0.4), EPOCHS, settled=0.1, complete=True, first=16)
+    found = [branch.at(epoch / EPOCHS) for epoch in (16, 17, 20)]
+    assert found == [None, 0.1, 0.4]
+    assert branch.length == EPOCHS
+    assert behind(branch)
+    assert not behind(curve(0.1, length=12), [branch] * 5), "it says nothing about epoch 12"
+
+
+def test_branch_is_judged_by_two_epochs_of_its_own() -> None:
+    branch = Curve("focal", (0.1,), EPOCHS, settled=0.1, complete=False, first=16)
+    assert not behind(branch)
+    assert behind(replace(branch, values=(0.1, 0.1)))
+
+
 @pytest.mark.parametrize(("accuracy", "guesses"), [(0.1, True), (0.105, True), (0.2, False)])
 def test_predicting_one_class_is_chance(accuracy: float, guesses: bool) -> None:
     assert is_at_chance(accuracy, 10, images=100, progress=0.5) is guesses

@@ -110,6 +110,7 @@ EQUIVALENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"name": "standard", "crop_padding": 0, "flip": False, "remix": True},
         {"name": "none"},
     ),
+    ("training", {"name": "deferred", "switch": 0.5}, {"name": "single_stage"}),
 ]
 DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("loss", {"name": "focal", "gamma": 1.0}, {"name": "focal", "gamma": 1.0000001}),
@@ -123,6 +124,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("augment", {"name": "standard", "crop_padding": 0}, {"name": "none"}),
     ("optimizer", {"name": "sgd", "lr": 0.1}, {"name": "sgd", "lr": 0.2}),
     ("data", {"name": "digits", "seed": 1}, {"name": "digits"}),
+    ("training", {"name": "two_stage"}, {"name": "single_stage"}),
 ]
 
 
@@ -182,6 +184,13 @@ def test_equal_digests_mean_equal_samplers_in_both_stages(order: str) -> None:
         ),
         ({"name": "natural"}, {"name": "class_balanced", "beta": 0.0}, {}, 0.0),
         ({"name": "natural"}, {"name": "cross_entropy"}, {"name": "two_stage"}, 1.0),
+        ({"name": "natural"}, {"name": "cross_entropy"}, {"name": "deferred"}, 0.0),
+        (
+            {"name": "class_aware", "exponent": 0.5},
+            {"name": "weighted_cross_entropy", "power": 0.5},
+            {"name": "deferred"},
+            1.0,
+        ),
         (
             {"name": "natural"},
             {"name": "cross_entropy"},
@@ -206,12 +215,86 @@ def test_correction_adds_what_sampler_and_weights_do(
         ({"loss": {"name": "ldam", "start": 0.8}}, 0.8),
         ({"sampler": {"name": "class_aware", "start": 0.6}}, 0.6),
         ({"training": {"name": "two_stage", "switch": 0.9}, "loss": {"name": "ldam"}}, 0.9),
+        ({"training": {"name": "deferred", "switch": 0.7}, "loss": {"name": "focal"}}, 0.7),
+        ({"training": {"name": "deferred"}, "loss": {"name": "ldam", "start": 0.9}}, 0.9),
+        ({"training": {"name": "deferred"}, "schedule": {"name": "constant"}}, 0.0),
     ],
 )
 def test_recipe_is_settled_once_warm_up_and_deferred_parts_are_over(
     parts: dict[str, Any], settled: float
 ) -> None:
     assert recipe_of(**parts).settled() == pytest.approx(settled)
+
+
+def stage_one(**parts: Any) -> str | None:
+    return recipe_of(**{"training": {"name": "deferred"}, **parts}).stage_one_key()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"loss": {"name": "focal"}, "sampler": {"name": "class_aware"}}),
+        ({}, {"loss": {"name": "weighted_cross_entropy", "start": 0.9}}),
+        ({}, {"loss": {"name": "class_balanced"}}),
+        ({}, {"training": {"name": "deferred", "switch": 0.79}}),
+        (
+            {"loss": {"name": "ldam", "max_margin": 0.1}},
+            {"loss": {"name": "ldam", "beta": 0.99, "start": 0.9}},
+        ),
+        (
+            {"loss": {"name": "class_balanced", "base": "sigmoid"}},
+            {"loss": {"name": "class_balanced", "base": "focal", "beta": 0.9}},
+        ),
+    ],
+)
+def test_what_acts_after_the_switch_leaves_the_key_of_stage_one_alone(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert stage_one(**one) == stage_one(**other)
+    assert len(stage_one(**one) or "") == 16
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"seed": 1},
+        {"epochs": 21},
+        {"data": {"name": "digits", "seed": 1}},
+        {"model": {"name": "mlp"}},
+        {"optimizer": {"name": "sgd", "lr": 0.2}},
+        {"schedule": {"name": "constant"}},
+        {"augment": {"name": "standard"}},
+        {"training": {"name": "deferred", "batch_size": 64}},
+        {"training": {"name": "deferred", "precision": "bfloat16"}},
+        {"training": {"name": "deferred", "switch": 0.5}},
+        {"loss": {"name": "ldam"}},
+        {"loss": {"name": "class_balanced", "base": "sigmoid"}},
+    ],
+)
+def test_whatever_acts_before_the_switch_changes_the_key_of_stage_one(
+    parts: dict[str, Any],
+) -> None:
+    assert stage_one(**parts) != stage_one()
+
+
+def test_cosine_heads_of_two_scales_have_two_stage_ones() -> None:
+    assert stage_one(loss={"name": "ldam"}) != stage_one(loss={"name": "ldam", "scale": 20.0})
+
+
+@pytest.mark.parametrize("training", ["single_stage", "two_stage"])
+def test_only_deferred_training_has_a_stage_one_to_share(training: str) -> None:
+    assert stage_one(training={"name": training}) is None
+
+
+@pytest.mark.parametrize(
+    ("switch", "epochs", "first"), [(0.8, 20, 16), (0.8, 4, 4), (0.75, 4, 3), (0.01, 4, 1)]
+)
+def test_switch_acts_from_the_first_epoch_that_begins_after_it(
+    switch: float, epochs: int, first: int
+) -> None:
+    training = {"name": "deferred", "switch": switch}
+    assert recipe_of(epochs=epochs, training=training).switch_epoch() == first
+    assert recipe_of(epochs=epochs).switch_epoch() == 0
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,16 @@ class TestPruning:
         assert (data.trained, data.unpruned, data.seconds_saved) == (2, 2, None)
         assert data.reasons == {"not_finite": 1}
 
+    def test_epochs_that_another_trial_trained_are_neither_trained_nor_saved(
+        self, session: Session
+    ) -> None:
+        add_trial(session, *[0.5] * 10)
+        add_trial(session, 0.5, 0.5, first=8, seconds=2.0)
+        add_trial(session, 0.2, first=8, state="pruned", reason="behind", seconds=3.0)
+        data = numbers.pruning_data(session)
+        assert [(row.trained, row.planned) for row in data.trials] == [(10, 10), (2, 2), (1, 2)]
+        assert (data.trained, data.unpruned, data.seconds_saved) == (13, 14, 3.0)
+
     def test_known_results_are_counted_apart(self, session: Session) -> None:
         add_trial(session, *[0.5] * 10)
         add_trial(session, *[0.5] * 10, duplicate_of=0)

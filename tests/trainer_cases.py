@@ -40,6 +40,11 @@ VARIED: dict[str, dict[str, Any]] = {
             "batch_size": 64,
         }
     },
+    "deferred with running rates": {
+        "training": {"name": "deferred", "switch": 0.5, "batch_size": 64},
+        "loss": {"name": "fnr_adaptive"},
+        "sampler": {"name": "class_aware", "exponent": 1.0},
+    },
     "batch norm and cosine head": {
         "model": {"name": "small_cnn"},
         "loss": {"name": "ldam", "start": 0.5},

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tuner.checkpoint import flatten_optimizer, restore_optimizer
 from tuner.chunks import logits_in_chunks, number_of_chunks
 from tuner.datasets import Data, Images
+from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
 from tuner.recipe import Recipe
 from tuner.seeding import derive_seed, generator, seeded
+from tuner.training import for_each_stage
 
 EVALUATION_BATCH = 512
 MAX_LOADERS = 4
@@ -50,15 +52,12 @@ class Lane:
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.generator = generator(recipe.seed, "augment")
         self.model = self._build_model()
-        self.loss = recipe.loss.build(data.class_counts).to(self.device)
-        self.samplers = [
-            component.build(
-                data.train.targets.cpu(),
-                seed=derive_seed(recipe.seed, "sampler", stage),
-                groups=data.groups,
-            )
-            for stage, component in enumerate(recipe.training.samplers(recipe.sampler))
-        ]
+        losses = recipe.training.losses(recipe.loss)
+        self.losses: list[Loss] = for_each_stage(
+            losses, lambda loss, _: loss.build(data.class_counts).to(self.device)
+        )
+        samplers = recipe.training.samplers(recipe.sampler)
+        self.samplers: list[Any] = for_each_stage(samplers, self._build_sampler)
         self.augment = recipe.augment.build(
             data.image_shape,
             mean=data.mean,
@@ -78,6 +77,10 @@ class Lane:
         self._set_head_bias(model)
         return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
+    def _build_sampler(self, component: Any, stage: int) -> Any:
+        seed = derive_seed(self.recipe.seed, "sampler", stage)
+        return component.build(self.data.train.targets.cpu(), seed=seed, groups=self.data.groups)
+
     def _set_head_bias(self, model: Classifier) -> None:
         """Start a sigmoid-type loss at the prior 1/C (Cui et al. 2019)."""
         bias = self.recipe.loss.head_bias(self.data.num_classes)
@@ -90,6 +93,11 @@ class Lane:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
         return optimizer  # type: ignore[no-any-return]
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the stage at hand."""
+        return self.losses[self.stage]
 
     @property
     def progress(self) -> float:
@@ -111,7 +119,7 @@ class Lane:
             self.model.backbone.eval()
 
     def _classifier_only(self) -> bool:
-        return self.stage > 0 and getattr(self.recipe.training, "classifier_only", False)
+        return self.stage > 0 and bool(self.recipe.training.classifier_only)
 
     def _enter_stage(self, stage: int) -> None:
         self.stage = stage
@@ -198,8 +206,8 @@ class Lane:
     def _set_learning_rate(self, share: float) -> None:
         epoch, epochs = self.epoch + share, self.recipe.epochs
         training = self.recipe.training
-        if self.stage > 0 and getattr(training, "restart_schedule", False):
-            first = next(e for e in range(epochs) if training.stage(e / epochs) == self.stage)
+        if self.stage > 0 and training.restart_schedule:
+            first = self.recipe.switch_epoch()
             epoch, epochs = epoch - first, epochs - first
         factor = self.recipe.schedule.factor(epoch, epochs)
         for group in self.optimizer.param_groups:
@@ -245,21 +253,23 @@ class Lane:
             **prefixed("noted", self._noted_losses()),
             "generator": self.generator.get_state(),
         }
-        for stage, sampler in enumerate(self.samplers):
+        for stage, sampler in enumerate(self.samplers[: self.stage + 1]):
             tensors |= prefixed(f"sampler{stage}", sampler.state_dict())
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         meta = {"epoch": self.epoch, "stage": self.stage, "optimizer": optimizer_meta}
-        return Snapshot(copies, {**meta, "recipe": self.recipe.digest()})
+        return Snapshot(copies, {**meta, **self.recipe.origin()})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from ``snapshot``, which must come from the same recipe.
+        """Go on from ``snapshot``: of the same recipe, or of a stage shared with another one.
 
         Raises:
             ValueError: The snapshot belongs to another recipe.
         """
-        if snapshot.meta["recipe"] != self.recipe.digest():
-            raise ValueError("the snapshot belongs to another recipe")
-        self.epoch, self.stage = snapshot.meta["epoch"], snapshot.meta["stage"]
+        if refusal := self.recipe.refusal(snapshot.meta):
+            raise ValueError(refusal)
+        self.epoch = snapshot.meta["epoch"]
+        # Two stages that do the same may be one here.
+        self.stage = min(snapshot.meta["stage"], len(self.samplers) - 1)
         self._freeze()
         if self.stage > 0:
             self.optimizer = self._build_optimizer()
@@ -272,7 +282,8 @@ class Lane:
         self.generator.set_state(tensors["generator"])
         noted = without_prefix("noted", tensors)
         self.noted = [(noted["indices"], noted["losses"].to(self.device))] if noted else []
-        for stage, sampler in enumerate(self.samplers):
+        # What only later stages use has no state yet, and is each recipe's own.
+        for stage, sampler in enumerate(self.samplers[: self.stage + 1]):
             sampler.load_state_dict(without_prefix(f"sampler{stage}", tensors))
 
 

@@ -66,7 +66,8 @@ class LoadedRecipe:
         """The recipe's loss for your class counts (C,): a module ``(logits, targets)``.
 
         Deferred weights act once you call ``loss.advance(progress)`` with the share of your
-        training that is done, at the start of each epoch.
+        training that is done, at the start of each epoch. Of a deferred recipe it is the loss
+        from the switch on; before that it trains with ``recipe.loss.plain()``.
         """
         return self.recipe.loss.build(torch.as_tensor(class_counts))  # type: ignore[no-any-return]
 
@@ -75,8 +76,8 @@ class LoadedRecipe:
     ) -> ClassSampler:
         """The recipe's sampler for your training targets (N,), for ``DataLoader(sampler=...)``.
 
-        Tail classes are found in your counts by the recipe's own rule. Of a two-stage recipe
-        it is the sampler of the second stage. It draws as at the end of training; a deferred
+        Tail classes are found in your counts by the recipe's own rule. Of a two-stage or deferred
+        recipe it is the sampler of the second stage. It draws as at the end of training; a deferred
         one follows yours if you call ``sampler.set_progress(progress)`` before each epoch.
         """
         targets = torch.as_tensor(targets)

@@ -21,7 +21,9 @@ MIN_COMPLETE_PER_LOSS = 2
 class Curve:
     """A trial's objective after each epoch, in [0, 1], as far as it got.
 
-    ``settled`` is the progress from which its warm-up is over and its deferred parts act.
+    ``first`` is the epoch of the first value: not 0 in a trial that branched from another's
+    stage one, which has no values of its own before. ``settled`` is the progress from which its
+    warm-up is over and its deferred parts act.
     """
 
     loss: str
@@ -29,13 +31,20 @@ class Curve:
     epochs: int
     settled: float
     complete: bool
+    first: int = 0
+
+    @property
+    def length(self) -> int:
+        """Epochs that are done."""
+        return self.first + len(self.values)
 
     def at(self, progress: float) -> float | None:
         """Value at a share of the training; None if it was not reached or not yet settled."""
         epoch = round(progress * self.epochs) - 1
-        if progress < self.settled + MARGIN - 1e-9 or not 0 <= epoch < len(self.values):
+        settled = progress >= self.settled + MARGIN - 1e-9
+        if not settled or not self.first <= epoch < self.length:
             return None
-        return self.values[epoch]
+        return self.values[epoch - self.first]
 
 
 def effective_images(metric: str, images: Tensor, groups: Groups) -> float | None:
@@ -62,7 +71,7 @@ def is_behind(curve: Curve, peers: Sequence[Curve], *, images: float, after: flo
     of_this_loss = sum(peer.complete and peer.loss == curve.loss for peer in peers)
     if of_this_loss < MIN_COMPLETE_PER_LOSS or len(curve.values) < 2:
         return False
-    last = len(curve.values)
+    last = curve.length
     return all(
         epoch / curve.epochs >= after
         and _behind_at(curve, epoch / curve.epochs, peers, max(images, 1))

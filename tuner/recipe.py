@@ -23,7 +23,7 @@ from tuner.optim import OPTIMIZERS
 from tuner.registry import Registry, checked
 from tuner.samplers import SAMPLERS
 from tuner.schedules import SCHEDULES
-from tuner.training import TRAININGS
+from tuner.training import TRAININGS, Deferred
 
 PARTS: dict[str, Registry[Any]] = {
     "data": DATASETS,
@@ -43,6 +43,8 @@ DEFAULTS = {
     "augment": "none",
     "training": "single_stage",
 }
+SOME_CLASSES = 10
+"""A head bias follows from the number of classes: at one number it tells two rules apart."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,59 @@ class Recipe:
             for part in PARTS
             if hasattr(getattr(self, part), "canonical")
         }
-        return replace(self, **simpler)
+        simple = replace(self, **simpler)
+        return replace(simple, training=simple.training.canonical_for(simple.loss, simple.sampler))
 
     def digest(self) -> str:
         """Hash of the canonical recipe, 16 hex digits; equal for equivalent recipes."""
-        text = json.dumps(self.canonical().to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(self.canonical().to_dict())
+
+    def switch_epoch(self) -> int:
+        """First epoch of the last stage; 0 when there is one stage, ``epochs`` if it never comes.
+
+        A switch within an epoch acts from the next one on.
+        """
+        begin = self.training.stage_start()
+        return next((e for e in range(self.epochs) if e / self.epochs >= begin), self.epochs)
+
+    def stage_one_key(self) -> str | None:
+        """Hash of all that acts before the switch of a deferred training; None for any other.
+
+        Recipes with one key are the same training up to their switch, bit for bit.
+        """
+        if not isinstance(self.training, Deferred):
+            return None
+        loss, sampler = self.training.losses(self.loss)[0], self.training.samplers(self.sampler)[0]
+        acts = replace(self, loss=loss, sampler=sampler).canonical().to_dict()
+        head = [self.loss.head, self.loss.output_scale(), self.loss.head_bias(SOME_CLASSES)]
+        return _hash({**acts, "head": head, "switch_epoch": self.switch_epoch()})
+
+    def origin(self) -> dict[str, str]:
+        """What snapshots of this training are known by."""
+        key = self.stage_one_key()
+        return {"recipe": self.digest()} | ({"stage_one": key} if key else {})
+
+    def refusal(self, snapshot: Mapping[str, Any]) -> str | None:
+        """Why a snapshot with these facts is nothing to go on from; None if it is.
+
+        One of the same recipe is, and one of the stage that this recipe shares with another.
+        """
+        own = self.origin()
+        if snapshot["recipe"] == own["recipe"]:
+            return None
+        if "stage_one" not in own or "stage_one" not in snapshot:
+            return "the snapshot belongs to another recipe"
+        if snapshot["stage_one"] != own["stage_one"]:
+            return (
+                "the snapshot belongs to another recipe, which differs before the switch: its "
+                f"stage one is {snapshot['stage_one']}, this one's {own['stage_one']}"
+            )
+        if snapshot["stage"] > 0:
+            return (
+                "the snapshot belongs to another recipe and was taken after its switch: both are "
+                f"the same only before epoch {self.switch_epoch()}"
+            )
+        return None
 
     def correction(self, class_counts: Tensor, groups: Groups) -> float:
         """Total correction κ = s + w of sampler and loss, before any post-hoc adjustment."""
@@ -114,11 +163,16 @@ class Recipe:
         """Progress from which warm-up is over and every deferred part acts, in [0, 1)."""
         starts = [getattr(self.loss, "start", 0.0), getattr(self.sampler, "start", 0.0)]
         warm = self.schedule.warmup_end(self.epochs)
-        begin = self.training.stage_start()
-        if getattr(self.training, "restart_schedule", False):
+        begin = self.canonical().training.stage_start()
+        if self.training.restart_schedule:
             rest = max(1, round((1 - begin) * self.epochs))
             begin += (1 - begin) * self.schedule.warmup_end(rest)
         return float(max(warm, begin, *starts))
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> Any:

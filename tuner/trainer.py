@@ -74,7 +74,9 @@ def epochs(
         recipe: What to train.
         data: Training and validation part.
         device: A torch device.
-        resume: Snapshot of the same recipe, of ``EpochResult`` or of ``Interrupted``.
+        resume: Snapshot of the same recipe, of ``EpochResult`` or of ``Interrupted``; or of
+            another recipe with the same ``stage_one_key``, taken before the switch. It goes on
+            as if it had trained that stage itself.
         stop: Asked after every step. When it says so within an epoch, ``Interrupted`` is
             raised; after an epoch's last step the epoch is finished and yielded.
         micro_batch: The model sees at most so many images at a time, for a device that runs
@@ -86,7 +88,8 @@ def epochs(
     Raises:
         Interrupted: ``stop`` said so within an epoch.
         NonFiniteError: The training loss became NaN or infinite.
-        ValueError: ``resume`` belongs to another recipe, or ``micro_batch`` is below 2.
+        ValueError: ``resume`` belongs to another recipe (see ``Recipe.refusal``), or
+            ``micro_batch`` is below 2.
     """
     lane = Lane(recipe, data, device, micro_batch=micro_batch)
     if resume is not None:

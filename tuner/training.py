@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -16,16 +17,41 @@ LAST = 0.999
 
 TRAININGS: Registry[Any] = Registry("training")
 
+T = TypeVar("T")
+
+
+def for_each_stage(components: Sequence[Any], build: Callable[[Any, int], T]) -> list[T]:
+    """What each stage works with, built of its component and the index of the stage.
+
+    A stage with the same component as the one before goes on with what that has.
+    """
+    built: list[T] = []
+    for stage, chosen in enumerate(components):
+        same = stage > 0 and chosen == components[stage - 1]
+        built.append(built[-1] if same else build(chosen, stage))
+    return built
+
 
 class TrainingBase:
     """What one-stage and two-stage training share."""
 
     batch_size: int
     precision: Precision
+    classifier_only: bool = False
+    reset_head: bool = False
+    restart_schedule: bool = False
 
     def canonical(self) -> TrainingBase:
         """The simplest training that does the same."""
         return self
+
+    def canonical_for(self, loss: Any, sampler: Any) -> TrainingBase:
+        """The simplest training that does the same with these, which are canonical."""
+        return self
+
+    def losses(self, loss: Any) -> tuple[Any, ...]:
+        """Loss components of the stages, given the recipe's own loss."""
+        return (loss,)
 
     def samplers(self, sampler: Any) -> tuple[Any, ...]:
         """Sampler components of the stages, given the recipe's own sampler."""
@@ -68,6 +94,10 @@ class TwoStage(TrainingBase):
     reset_head: bool = False
     restart_schedule: bool = False
 
+    def losses(self, loss: Any) -> tuple[Any, ...]:
+        """The recipe's loss in both stages."""
+        return (loss, loss)
+
     def samplers(self, sampler: Any) -> tuple[Any, ...]:
         """Natural and balanced sampler components, in the order of the stages."""
         natural = Natural()
@@ -83,4 +113,42 @@ class TwoStage(TrainingBase):
 
     def stage_start(self) -> float:
         """Progress from which the second stage runs."""
+        return self.switch
+
+
+@TRAININGS.register("deferred")
+@component
+class Deferred(TrainingBase):
+    """Plain cross-entropy and natural sampling until ``switch``, then what the recipe says.
+
+    Deferred re-weighting (Cao et al. 2019) for every loss and sampler. Model, momentum, schedule
+    and augmentation run on through the switch. A ``start`` of the loss or the sampler still means
+    a share of the whole training. Recipes that differ only in what acts from the switch on share
+    everything before it: see ``Recipe.stage_one_key``.
+    """
+
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    precision: Precision = "float32"
+    switch: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+    def canonical_for(self, loss: Any, sampler: Any) -> TrainingBase:
+        """One stage, where the second one trains as the first."""
+        if loss == loss.plain() and sampler == Natural():
+            return SingleStage(batch_size=self.batch_size, precision=self.precision)
+        return self
+
+    def losses(self, loss: Any) -> tuple[Any, ...]:
+        """The plain form of the recipe's loss, then the loss."""
+        return (loss.plain(), loss)
+
+    def samplers(self, sampler: Any) -> tuple[Any, ...]:
+        """Natural sampling, then the recipe's sampler."""
+        return (Natural(), sampler.canonical())
+
+    def stage(self, progress: float) -> int:
+        """0 before ``switch``, 1 from there on."""
+        return int(progress >= self.switch)
+
+    def stage_start(self) -> float:
+        """Progress from which the recipe's own loss and sampler act."""
         return self.switch

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FACTS = (
     *("reason", "detail", "loss", "sampler", "kappa", "warning", "sampling", "metrics"),
     *("intervals", "recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset"),
-    *("rung", "retry_of"),
+    *("rung", "retry_of", "branched_from", "stage_one_seconds"),
 )
 ATTEMPT = (
     *("attempt", "claimed_at", "ended_at", "end", "reason", "detail", "note", "first_epoch"),

@@ -209,6 +209,10 @@ class LossComponent(ABC):
         """Factor that turns the model's output into logits; not 1 for a cosine head."""
         return 1.0
 
+    def plain(self) -> LossComponent:
+        """The loss that a deferred training starts with: cross-entropy on the same outputs."""
+        return LOSSES["cross_entropy"]()
+
     def weight_exponent(self, class_counts: Tensor) -> float:
         """Share w of the total correction κ = s + w + τ: weights act as n^-w."""
         return 0.0

@@ -98,6 +98,10 @@ class Ldam(LossComponent):
         """The scale of the loss: cosines in [-1, 1] are no logits yet."""
         return self.scale
 
+    def plain(self) -> LossComponent:
+        """Without margins and weights it is cross-entropy on the scaled cosines."""
+        return Ldam(max_margin=0.0, scale=self.scale)
+
     def weight_exponent(self, class_counts: Tensor) -> float:
         """Exponent fitted to the class-balanced weights; margins have none."""
         return fitted_exponent(class_counts, class_balanced_weights(class_counts, self.beta))

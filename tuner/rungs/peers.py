@@ -36,6 +36,7 @@ class Peers:
         return Curve(
             loss=attrs["loss"],
             values=tuple(v for _, v in sorted(trial.intermediate_values.items())),
+            first=min(trial.intermediate_values, default=0),
             epochs=attrs["epochs"],
             settled=attrs["settled"],
             complete=trial.state == TrialState.COMPLETE,

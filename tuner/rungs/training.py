@@ -17,6 +17,7 @@ from tuner.lane import Snapshot
 from tuner.losses import LOSSES
 from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
 from tuner.recipe import Recipe
+from tuner.rungs import shared
 from tuner.rungs.attempt import Attempt
 from tuner.rungs.peers import Peers
 from tuner.seeding import derive_seed
@@ -110,6 +111,7 @@ class Training:
                 on_epoch(self.attempt.trial, result, value)
                 if result.epoch + 1 == self.recipe.epochs:
                     return Complete(result, assessment, value)
+                self._share(result)
                 reason = self._verdict(result, assessment)
                 if reason:
                     return Pruned(reason, assessment)
@@ -128,18 +130,39 @@ class Training:
     def _checkpoint(self) -> Snapshot | None:
         """The checkpoint to go on from; what came of an earlier attempt's is noted."""
         expected = {**self.identity, "recipe": self.recipe.digest()}
-        resume, trouble = artifacts.load_checkpoint(self.store, expected)
+        own, trouble = artifacts.load_checkpoint(self.store, expected)
+        resume = own or self._branch()
         epoch = 0 if resume is None else int(resume.meta["epoch"])
-        if resume is None:
-            self.seconds = 0.0
-            if self.attempt.lease.attempt > 1:
-                self.attempt.remark(f"from epoch 0: {trouble or 'there was no checkpoint'}")
+        if own is None and self.attempt.lease.attempt > 1:
+            self.attempt.remark(f"from epoch {epoch}: {trouble or 'there was no checkpoint'}")
         facts: dict[str, Any] = {"device": self.device}
         if self.micro_batch is not None:
             facts["micro_batch"] = self.micro_batch
         self.attempt.note(facts)
         self.attempt.write(first_epoch=epoch)
         return resume
+
+    def _branch(self) -> Snapshot | None:
+        """The shared state to begin at; what it cost is counted where it was trained."""
+        resume, trouble = shared.branch(self.session, self.recipe)
+        if trouble:
+            self.attempt.remark(f"trains stage one itself: {trouble}")
+        known = self.attempt.user_attrs
+        spent = None if resume is None else known.get("stage_one_seconds")
+        self.seconds = float(spent or 0.0)
+        origin = None if resume is None or spent else self.recipe.stage_one_key()
+        if origin != known.get("branched_from"):
+            self.attempt.note({"branched_from": origin})
+        return resume
+
+    def _share(self, result: EpochResult) -> None:
+        """Leave the state at the switch for others, and note what it cost; go on without."""
+        try:
+            if shared.share(self.session, self.recipe, result):
+                self.attempt.note({"stage_one_seconds": self.seconds})
+        except StoreError as error:
+            log.warning("trial %d: stage one is not shared: %s", self.attempt.number, error)
+            self.attempt.remark(f"stage one is not shared: {error}")
 
     def _keep(self, snapshot: Snapshot) -> None:
         """Keep a checkpoint, unless the trial is another worker's; go on if that cannot be."""
@@ -197,11 +220,14 @@ class Training:
             return False
         counts = self.data.validation.targets.bincount(minlength=self.data.num_classes).cpu()
         images = effective_images(objective.metric, counts, self.data.groups)
-        if images is None or any(e not in self.values for e in range(epoch + 1)):
+        # A branch has no epochs before the switch.
+        first = min(self.values)
+        if images is None or any(e not in self.values for e in range(first, epoch + 1)):
             return False
         own = Curve(
             loss=LOSSES.name_of(self.recipe.loss),
-            values=tuple(self.values[e] for e in range(epoch + 1)),
+            values=tuple(self.values[e] for e in range(first, epoch + 1)),
+            first=first,
             epochs=self.recipe.epochs,
             settled=self.recipe.settled(),
             complete=False,

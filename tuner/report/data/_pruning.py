@@ -22,7 +22,10 @@ JUDGED = ("behind", "chance")
 
 @dataclass(frozen=True)
 class Training:
-    """How far a trial was trained, in epochs, of how many planned."""
+    """How far a trial was trained, in epochs, of how many planned.
+
+    Of a trial that branched from another's stage one, neither counts the epochs of that.
+    """
 
     number: int
     state: State
@@ -88,10 +91,12 @@ def pruning_data(session: Session) -> PruningData:
 
 def _training(trial: FrozenTrial) -> Training:
     state = state_of(trial)
-    steps = trial.intermediate_values
-    trained = 0 if state == "duplicate" or not steps else max(steps) + 1
-    attrs = trial.user_attrs
-    return Training(trial.number, state, trained, int(attrs["epochs"]), attrs.get("reason"))
+    attrs, steps = trial.user_attrs, trial.intermediate_values
+    planned = int(attrs["epochs"])
+    if state == "duplicate" or not steps:
+        return Training(trial.number, state, 0, planned, attrs.get("reason"))
+    first, end = min(steps), max(steps) + 1
+    return Training(trial.number, state, end - first, planned - first, attrs.get("reason"))
 
 
 def _seconds_saved(trial: FrozenTrial, row: Training) -> float | None:

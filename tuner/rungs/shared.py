@@ -1,0 +1,47 @@
+"""Stage one of deferred trainings: one trial trains it, others with the same one branch from it."""
+
+from __future__ import annotations
+
+from tuner import artifacts
+from tuner.lane import Snapshot
+from tuner.recipe import Recipe
+from tuner.session import Session
+from tuner.stores import Store
+from tuner.trainer import EpochResult
+
+
+def stage_store(session: Session, key: str) -> Store:
+    """Where a study keeps the state at the switch of all recipes with this key."""
+    return session.store.within(f"stage-{key}")
+
+
+def branch(session: Session, recipe: Recipe) -> tuple[Snapshot | None, str | None]:
+    """The state to branch from, and why not if there is one that cannot be used.
+
+    Both are None when nobody has shared one yet, and for a recipe that shares nothing. Whoever
+    finds none trains the stage: trials that begin at the same time all train it.
+    """
+    key = recipe.stage_one_key()
+    if key is None:
+        return None, None
+    return artifacts.load_checkpoint(stage_store(session, key), _identity(session, key))
+
+
+def share(session: Session, recipe: Recipe, result: EpochResult) -> bool:
+    """Leave the state for others if the recipe's switch comes after this epoch; whether it does.
+
+    Who trained the same stage at the same time leaves the same.
+
+    Raises:
+        StoreError: It cannot be kept.
+    """
+    key = recipe.stage_one_key()
+    if key is None or result.epoch + 1 != recipe.switch_epoch():
+        return False
+    identity = _identity(session, key)
+    artifacts.save_checkpoint(stage_store(session, key), result.snapshot(), identity)
+    return True
+
+
+def _identity(session: Session, key: str) -> dict[str, str]:
+    return {**session.identity(), "stage_one": key}
