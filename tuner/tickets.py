@@ -173,7 +173,7 @@ def ladder_state(session: Session) -> str | None:
     rung = max(rungs, default=0)
     passed = "reached" if _best_tail(session) >= search.gate else "not reached"
     return (
-        f"rung {rung + 1} of {len(PROGRESSIVE)} ({PROGRESSIVE[rung]}), "
+        f"progressive strategy: rung {rung + 1} of {len(PROGRESSIVE)} ({PROGRESSIVE[rung]}), "
         f"gate {search.gate:.2f} {passed}"
     )
 

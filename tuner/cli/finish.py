@@ -64,7 +64,7 @@ def finish(
     )
     ladder = ladder_state(session)
     if ladder:
-        console.print(f"progressive strategy: {ladder}")
+        console.print(f"\n{ladder}", soft_wrap=True, markup=False)
     steps = [
         command("trials", session.file.name, {k: options[k] for k in ("storage", "artifacts")}),
         command("train", str(files[0]), {"data": options["data"]}),

@@ -62,7 +62,7 @@ class Bars:
             console=Console(stderr=True),
             disable=not terminal,
         )
-        self.trials = self.progress.add_task("trials", total=session.file.trials(), note="")
+        self.trials = self.progress.add_task("trials", total=session.file.all_trials(), note="")
         self.epochs = self.progress.add_task("epochs", total=None, note="starting")
 
     def __enter__(self) -> Bars:

@@ -47,7 +47,7 @@ class Display:
 
     def __init__(self, session: Session, *, terminal: bool) -> None:
         self.session, self.terminal = session, terminal
-        self.budget = session.file.trials()
+        self.budget = session.file.all_trials()
         self.best: float | None = None
         self.ended = 0
         self.bars = Progress(

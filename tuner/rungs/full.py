@@ -21,7 +21,7 @@ from tuner.rungs.head import run_cohort
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory, smaller
 from tuner.rungs.outcome import OnEpoch, Outcome, Slot, State
 from tuner.rungs.recipes import equivalent, resolve
-from tuner.rungs.results import complete, constrain
+from tuner.rungs.results import complete, constrain, finish
 from tuner.rungs.training import Complete, Pruned, Stopped, Training, metrics_of
 
 EX_BROKEN = 70
@@ -128,7 +128,7 @@ def _copy(attempt: Attempt, known: FrozenTrial) -> Outcome:
     constrain(attempt, known.user_attrs["metrics"])
     value = known.values[0]
     attempt.trial.report(value, step=known.user_attrs["epochs"] - 1)
-    attempt.end(TrialState.COMPLETE, "complete", value=value, reason="duplicate")
+    finish(attempt, value, "duplicate")
     artifacts.drop_checkpoint(attempt.session.trial_store(attempt.number))
     return Outcome(attempt.number, "duplicate", value=value)
 

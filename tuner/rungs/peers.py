@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.ladder import Rung, is_judged, rung_of
 from tuner.pruning import Curve
 from tuner.session import Session
 
@@ -13,11 +14,11 @@ class Peers:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.curves: dict[int, Curve | None] = {}
+        self.curves: dict[int, tuple[Rung, Curve] | None] = {}
         self.had_baseline = False
 
-    def now(self) -> list[Curve]:
-        """The curves there are at this moment."""
+    def now(self, rung: Rung) -> list[Curve]:
+        """The curves there are at this moment of trials of a rung."""
         if not self.had_baseline and self.session.baseline() is not None:
             # Without a baseline there was no floor to break.
             self.had_baseline = True
@@ -25,19 +26,20 @@ class Peers:
         for trial in self.session.trials(TrialState.COMPLETE, TrialState.PRUNED):
             if trial.number not in self.curves:
                 self.curves[trial.number] = self._curve(trial)
-        return [curve for curve in self.curves.values() if curve is not None]
+        return [found[1] for found in self.curves.values() if found and found[0] == rung]
 
-    def _curve(self, trial: FrozenTrial) -> Curve | None:
+    def _curve(self, trial: FrozenTrial) -> tuple[Rung, Curve] | None:
         attrs = trial.user_attrs
         if "metrics" not in attrs or "duplicate_of" in attrs:
             return None
         if not self.session.keeps_floor(trial):
             return None
-        return Curve(
+        curve = Curve(
             loss=attrs["loss"],
             values=tuple(v for _, v in sorted(trial.intermediate_values.items())),
             first=min(trial.intermediate_values, default=0),
             epochs=attrs["epochs"],
             settled=attrs["settled"],
-            complete=trial.state == TrialState.COMPLETE,
+            complete=is_judged(trial),
         )
+        return rung_of(trial), curve

@@ -42,7 +42,8 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
         }
         warning = " ".join(_warnings(recipe, facts["kappa"]))
         if warning:
-            log.info("trial %d: %s", trial.number, warning)
+            quiet = rung_of(trial) == "head"
+            log.log(logging.DEBUG if quiet else logging.INFO, "trial %d: %s", trial.number, warning)
             facts["warning"] = warning
         stale = ("reason", "detail", "would_prune_at")
         facts |= {key: None for key in stale if trial.user_attrs.get(key) is not None}

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 
 from tuner import artifacts
 from tuner.evaluation import extras, intervals, recalls
+from tuner.ladder import rung_of
 from tuner.rungs.attempt import Attempt
 from tuner.rungs.recipes import kept_trials
 from tuner.rungs.training import Complete, Training, metrics_of
@@ -42,13 +43,27 @@ def complete(attempt: Attempt, training: Training, done: Complete) -> None:
     except StoreError as error:
         log.warning("trial %d: its validation logits are not kept: %s", attempt.number, error)
     constrain(attempt, facts["metrics"])
-    attempt.end(TrialState.COMPLETE, "complete", value=done.value)
+    finish(attempt, done.value)
     try:
         _keep_weights(attempt, training, result)
     except Exception as error:
         # The result is written: nothing that happens now may undo it.
         log.warning("trial %d: its weights are not kept: %s", attempt.number, error)
     artifacts.drop_checkpoint(training.store)
+
+
+def finish(attempt: Attempt, value: float, reason: str | None = None) -> None:
+    """End a trial that came to the end of its rung.
+
+    Below the last rung it is ``PRUNED`` for Optuna, with the rung as the reason: what the study
+    found best is one of the last rung.
+    """
+    rung = rung_of(attempt)
+    if rung in ("full", attempt.session.file.ladder.last):
+        attempt.end(TrialState.COMPLETE, "complete", value=value, reason=reason)
+    else:
+        attempt.note({"reason": rung})
+        attempt.end(TrialState.PRUNED, "pruned", reason=rung)
 
 
 def constrain(attempt: Attempt, metrics: dict[str, Any] | None) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tuner import artifacts
 from tuner.lane import Snapshot
 from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.stores import Store
 from tuner.trainer import EpochResult
+from tuner.training import Deferred, SingleStage
 
 
 def stage_store(session: Session, key: str) -> Store:
@@ -30,17 +33,34 @@ def branch(session: Session, recipe: Recipe) -> tuple[Snapshot | None, str | Non
 def share(session: Session, recipe: Recipe, result: EpochResult) -> bool:
     """Leave the state for others if the recipe's switch comes after this epoch; whether it does.
 
-    Who trained the same stage at the same time leaves the same.
+    Who trained the same stage at the same time leaves the same. Plain cross-entropy is stage one
+    of the deferred rung, if the study has that.
 
     Raises:
         StoreError: It cannot be kept.
     """
-    key = recipe.stage_one_key()
-    if key is None or result.epoch + 1 != recipe.switch_epoch():
+    branched = _as_deferred(session, recipe)
+    key = branched.stage_one_key()
+    if key is None or result.epoch + 1 != branched.switch_epoch():
         return False
     identity = _identity(session, key)
     artifacts.save_checkpoint(stage_store(session, key), result.snapshot(), identity)
     return True
+
+
+def _as_deferred(session: Session, recipe: Recipe) -> Recipe:
+    """The recipe as the deferred rung trains it, where it is the same training."""
+    ladder = session.file.ladder
+    if "deferred" not in ladder.rungs or not isinstance(recipe.training, SingleStage):
+        return recipe
+    training = recipe.training
+    deferred = Deferred(
+        batch_size=training.batch_size,
+        precision=training.precision,
+        switch=ladder.deferred.switch,
+    )
+    same = replace(recipe, training=deferred)
+    return same if same.digest() == recipe.digest() else recipe
 
 
 def _identity(session: Session, key: str) -> dict[str, str]:

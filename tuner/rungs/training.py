@@ -13,6 +13,7 @@ from optuna.trial import Trial
 from tuner import artifacts
 from tuner.datasets import Data
 from tuner.evaluation import Assessment, assess_validation
+from tuner.ladder import rung_of
 from tuner.lane import Snapshot
 from tuner.losses import LOSSES
 from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
@@ -76,8 +77,8 @@ class Training:
     def _is_spared(self) -> bool:
         search = self.session.file.search
         draw = derive_seed(search.seed, "control", self.attempt.number) % 10_000
-        baseline = bool(self.attempt.user_attrs.get("baseline"))
-        return baseline or search.pruner == "none" or draw < search.control * 10_000
+        needed = {"baseline", "compares"} & self.attempt.user_attrs.keys()
+        return bool(needed) or search.pruner == "none" or draw < search.control * 10_000
 
     def run(
         self,
@@ -232,7 +233,9 @@ class Training:
             settled=self.recipe.settled(),
             complete=False,
         )
-        return is_behind(own, self.peers.now(), images=images, after=search.prune_after)
+        return is_behind(
+            own, self.peers.now(rung_of(self.attempt)), images=images, after=search.prune_after
+        )
 
 
 def metrics_of(assessment: Assessment) -> dict[str, Any]:
