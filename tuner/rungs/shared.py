@@ -35,8 +35,8 @@ def share(session: Session, recipe: Recipe, result: EpochResult) -> bool:
     Raises:
         StoreError: It cannot be kept.
     """
-    key = recipe.stage_one_key()
-    if key is None or result.epoch + 1 != recipe.switch_epoch():
+    key = recipe.stage_one_key() if result.epoch + 1 == recipe.switch_epoch() else None
+    if key is None:
         return False
     identity = _identity(session, key)
     artifacts.save_checkpoint(stage_store(session, key), result.snapshot(), identity)
