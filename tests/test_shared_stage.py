@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from conftest import MakeSession
 from fleet import run_next
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner import artifacts
+from tuner import artifacts, checkpoint
 from tuner.datasets import Data
 from tuner.pruning import Curve
 from tuner.rungs import shared, training
@@ -111,6 +112,24 @@ def test_branched_trial_has_the_result_of_one_that_trained_everything(
         assert ours.user_attrs["branched_from"] is not None
         assert ours.user_attrs["metrics"] == theirs.user_attrs["metrics"]
         assert ours.value == theirs.value
+
+
+def test_trials_that_train_the_same_stage_at_once_leave_the_same(
+    make_deferred: MakeSession, digits: Data, trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_deferred()
+    after_the_baseline(session, digits, trained)
+    run_next(session, digits)
+    (file,) = stage_files(session)
+    first, facts = checkpoint.from_bytes(session.store.read(file), file)
+    with monkeypatch.context() as patched:
+        patched.setattr(shared, "branch", lambda *_: (None, None))
+        run_next(session, digits)
+    assert stage_files(session) == [file]
+    second, others = checkpoint.from_bytes(session.store.read(file), file)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {**facts, "recipe": ""} == {**others, "recipe": ""}
 
 
 def test_trial_that_lost_its_worker_without_a_checkpoint_branches_from_its_own_stage_one(

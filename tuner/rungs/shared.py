@@ -40,8 +40,8 @@ def share(session: Session, recipe: Recipe, result: EpochResult) -> bool:
         StoreError: It cannot be kept.
     """
     branched = _as_deferred(session, recipe)
-    key = branched.stage_one_key()
-    if key is None or result.epoch + 1 != branched.switch_epoch():
+    key = branched.stage_one_key() if result.epoch + 1 == branched.switch_epoch() else None
+    if key is None:
         return False
     identity = _identity(session, key)
     artifacts.save_checkpoint(stage_store(session, key), result.snapshot(), identity)
