@@ -11,14 +11,14 @@ from conftest import MakeSession
 from fleet import lease, run_next
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner import artifacts
+from tuner import artifacts, proposals
 from tuner.datasets import Data
 from tuner.errors import DataError
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
 from tuner.pruning import Curve
 from tuner.recipe import Recipe
-from tuner.rungs import attempt, training
+from tuner.rungs import training
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 
@@ -356,7 +356,7 @@ def test_algorithm_that_raises_ends_its_trial_and_not_the_worker(
         raise ZeroDivisionError("nothing to propose")
 
     with monkeypatch.context() as patched:
-        patched.setattr(attempt, "algorithm", broken)
+        patched.setattr(proposals, "algorithm", broken)
         assert run_next(session, digits).reason == "code_error"
     assert stored(session, 0).state == TrialState.FAIL
     assert "nothing to propose" in stored(session, 0).user_attrs["detail"]

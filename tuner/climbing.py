@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
@@ -90,8 +90,8 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     first = [_promotion(session, trial, rung) for trial in chosen[:half]]
     first = [*first, *list(presets(session, rung))[: room - wanted]]
     yield from ((params, attrs | COMPARES) for params, attrs in first)
-    own = [t for t in at(session, rung) if "compares" in t.user_attrs]
-    if len(own) < len(first) or any(not t.state.is_finished() for t in own):
+    ended = {_origin(t.user_attrs) for t in at(session, rung) if t.state.is_finished()}
+    if any(_origin(attrs) not in ended for _, attrs in first):
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
@@ -101,6 +101,11 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     more = more[: room - len(first)]
     yield from more
     yield from (({}, _attrs(rung)) for _ in range(room - len(first) - len(more)))
+
+
+def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What recipe a ticket of the rung above is for: a promoted one, or a loss's default."""
+    return attrs.get("promoted_from"), attrs.get("unseen"), attrs.get("preset")
 
 
 def promoted(session: Session, rung: Rung, count: int) -> list[FrozenTrial]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tuner.entries import Fixed
 from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.ladder import Ladder, Rung, space_at
 from tuner.metrics import METRICS
@@ -162,6 +163,8 @@ def _check_together(study: StudyFile, where: str) -> None:
             f'{where}: budget.trials is missing; only a grid (search.algorithm = "grid") knows '
             "its own size"
         )
+    if study.ladder.rungs != ("full",):
+        _check_ladder(study, where)
     if search.algorithm == "grid":
         _check_grid(study, where)
     if not space.rows() and (study.budget.trials or 2) > 2:
@@ -171,8 +174,6 @@ def _check_together(study: StudyFile, where: str) -> None:
         )
     if search.strategy == "progressive":
         _check_progressive(study, where)
-    if study.ladder.rungs != ("full",):
-        _check_ladder(study, where)
 
 
 def _check_grid(study: StudyFile, where: str) -> None:
@@ -212,15 +213,28 @@ def _check_ladder(study: StudyFile, where: str) -> None:
     for key, value in (("algorithm", "grid"), ("strategy", "progressive")):
         if getattr(search, key) == value:
             raise StudyFileError(
-                f'{where}: search.{key} = "{value}" names all its trials beforehand, so there is '
+                f'{where}: search.{key} = "{value}" decides which trials there are, so there is '
                 "nothing to climb; leave out [ladder], or choose another"
             )
+    _check_backbone(study, where)
     for rung in rungs:
         if rung != "full" and not study.space_at(rung).rows():
             raise StudyFileError(
                 f"{where}: ladder.rungs: {rung} searches loss and sampler only, and [space] leaves "
                 "neither open; add [space.loss.<name>] tables, or leave the rung out"
             )
+
+
+def _check_backbone(study: StudyFile, where: str) -> None:
+    if "head" not in study.ladder.rungs or study.ladder.head.backbone == "baseline":
+        return
+    name, entries = next(iter(study.space_at("head").parts["model"].items()))
+    if entries.get("weights_file", Fixed(None)).settled(None) is None:
+        raise StudyFileError(
+            f'{where}: ladder.head.backbone = "initial": needs weights, else its features are '
+            f"random; give [model] a weights_file ({name} is as it was initialised), or take "
+            '"baseline", the network of the plain cross-entropy trial'
+        )
 
 
 def distinct_grid(space: Space) -> list[dict[str, Any]]:

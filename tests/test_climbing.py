@@ -1,0 +1,251 @@
+"""Which trials a study on the ladder has: the rung below first, then who is promoted, honestly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from climbers import CLIMBING, climb_to_the_top, end_next, merit, opposite
+from conftest import MakeSession
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.climbing import at, compared, ladder_lines, promoted
+from tuner.datasets import Data
+from tuner.ladder import rung_of
+from tuner.proposals import MOST, proposing
+from tuner.tickets import fill_queue, ladder_state
+
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
+
+
+def kinds(trials: list[FrozenTrial]) -> Counter[str]:
+    """How many trials of each kind there are at the last rung."""
+
+    def kind(attrs: dict[str, Any]) -> str:
+        for name in ("baseline", "unseen", "promoted_from", "preset"):
+            if name in attrs:
+                return name
+        return "own"
+
+    return Counter(kind(t.user_attrs) for t in trials if rung_of(t) == "full")
+
+
+def test_nothing_but_the_baseline_is_due_before_it_is_complete(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    assert [t.user_attrs for t in session.trials()] == [{"baseline": True}]
+    end_next(session, digits, merit)
+    fill_queue(session)
+    assert Counter(rung_of(t) for t in session.trials()) == {"full": 1, "head": 40}
+
+
+def test_a_study_climbs_to_exactly_its_budget(make_session: MakeSession, digits: Data) -> None:
+    trials = climb_to_the_top(make_session(**CLIMBING), digits, merit)
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}
+    assert kinds(trials) == {"baseline": 1, "preset": 5, "promoted_from": 5, "unseen": 5, "own": 5}
+    assert {t.state for t in trials if rung_of(t) == "full"} == {COMPLETE}
+
+
+def test_trials_of_the_rung_below_are_pruned_for_optuna_so_that_its_best_is_ours(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    trials = climb_to_the_top(session, digits, opposite)
+    heads = [t for t in trials if rung_of(t) == "head"]
+    assert {(t.state, t.user_attrs["reason"]) for t in heads} == {(PRUNED, "head")}
+    assert all(t.values == [t.intermediate_values[0]] for t in heads)
+    best = session.best()
+    assert best is not None
+    assert rung_of(best) == "full"
+    assert session.study.best_trial.number == best.number
+
+
+def test_head_tickets_begin_with_a_default_of_every_loss(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    for _ in range(7):
+        end_next(session, digits, merit)
+    losses = list(session.file.space.parts["loss"])
+    heads = [t for t in session.trials(PRUNED) if rung_of(t) == "head"]
+    assert [t.user_attrs["preset"] for t in heads] == losses
+
+
+def test_the_best_of_the_rung_below_are_trained_with_their_loss_and_sampler(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    trials = climb_to_the_top(session, digits, merit)
+    again = [t for t in trials if "promoted_from" in t.user_attrs and "unseen" not in t.user_attrs]
+    origins = [trials[t.user_attrs["promoted_from"]] for t in again]
+    assert sorted(t.number for t in origins) == sorted(
+        t.number for t in promoted(session, "head", 5)
+    )
+    for trial, origin in zip(again, origins, strict=True):
+        for part in ("loss", "sampler"):
+            assert trial.user_attrs["recipe"][part] == origin.user_attrs["recipe"][part]
+        assert trial.user_attrs["recipe"]["optimizer"]["lr"] == 0.1, "the published default"
+
+
+def test_a_share_tries_what_the_rung_below_cannot_see(
+    make_session: MakeSession, digits: Data
+) -> None:
+    trials = climb_to_the_top(make_session(**CLIMBING), digits, merit)
+    free = [t for t in trials if "unseen" in t.user_attrs]
+    for trial in free:
+        origin = trials[trial.user_attrs["promoted_from"]]
+        assert origin.params.items() <= trial.params.items()
+    assert len({t.params["optimizer.sgd.lr"] for t in free}) == len(free)
+
+
+def test_no_more_than_a_third_of_the_promoted_are_of_one_kind(
+    make_session: MakeSession, digits: Data
+) -> None:
+    def smooth(attempt: Any) -> float:
+        return 0.9 if attempt.user_attrs["loss"] == "label_smoothing" else merit(attempt) / 2
+
+    session = make_session(**CLIMBING)
+    while len(at(session, "full")) < 2:
+        end_next(session, digits, smooth)
+    chosen = promoted(session, "head", 6)
+    of_kind = Counter((t.user_attrs["loss"], t.user_attrs["sampler"]) for t in chosen)
+    assert max(of_kind.values()) <= 2
+    assert chosen[0].user_attrs["loss"] == "label_smoothing"
+    assert len({t.user_attrs["digest"] for t in chosen}) == 6, "no recipe twice"
+
+
+def test_trials_that_break_the_floor_are_promoted_last(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    end_next(session, digits, merit, overall=0.9)
+    for _ in range(20):
+        end_next(session, digits, lambda _: 1.0, overall=0.2)
+    for _ in range(20):
+        end_next(session, digits, merit, overall=0.9)
+    assert all(t.number > 20 for t in promoted(session, "head", 5))
+
+
+def test_a_rung_that_ranks_otherwise_is_not_followed_and_that_is_said(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    trials = climb_to_the_top(session, digits, opposite)
+    found = compared(session, "head", "full")
+    assert found.correlation is not None
+    assert found.correlation < -0.5
+    assert kinds(trials) == {"baseline": 1, "preset": 5, "promoted_from": 3, "own": 12}
+    assert "too low to follow" in str(ladder_state(session))
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}, "the budget stays"
+
+
+def test_what_decides_is_trained_on_both_rungs_before_the_decision(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    while len(at(session, "full")) < 2:
+        end_next(session, digits, merit)
+    fill_queue(session)
+    own = [t.user_attrs for t in at(session, "full")[1:]]
+    assert all("compares" in attrs for attrs in own)
+    assert len(own) == 3 + 5
+    trials = climb_to_the_top(session, digits, merit)
+    pairs = compared(session, "head", "full", decisive=True).pairs
+    assert len(pairs) == 1 + 5 + 3, "the baseline, the defaults, half of the promoted"
+    assert all(lower == upper for lower, upper in pairs)
+    assert len(compared(session, "head", "full").pairs) == 1 + 5 + 5
+    assert len(trials) == 61
+
+
+def test_all_three_rungs_are_climbed(make_session: MakeSession, digits: Data) -> None:
+    rungs = {
+        "rungs": ["head", "deferred", "full"],
+        "head": {"trials": 30},
+        "deferred": {"trials": 12},
+    }
+    session = make_session(**CLIMBING | {"ladder": rungs})
+    trials = climb_to_the_top(session, digits, merit)
+    assert Counter(rung_of(t) for t in trials) == {"head": 30, "deferred": 12, "full": 21}
+    deferred = [t for t in trials if rung_of(t) == "deferred"]
+    assert {(t.state, t.user_attrs["reason"]) for t in deferred} == {(PRUNED, "deferred")}
+    origins = {
+        rung_of(trials[t.user_attrs["promoted_from"]])
+        for t in deferred
+        if "promoted_from" in t.user_attrs
+    }
+    assert origins == {"head"}
+    lines = ladder_lines(session)
+    assert lines[0] == "head 30 of 30 trials"
+    assert lines[1] == "deferred 12 of 12 trials"
+    assert lines[2].startswith("head and deferred rank")
+    assert lines[4].startswith("deferred and full rank")
+
+
+def test_one_cheap_rung_alone_gives_the_answer(make_session: MakeSession, digits: Data) -> None:
+    session = make_session(**CLIMBING | {"ladder": {"rungs": ["head"]}})
+    trials = climb_to_the_top(session, digits, merit)
+    assert Counter(rung_of(t) for t in trials) == {"full": 1, "head": 21}
+    assert {t.state for t in trials} == {COMPLETE}
+    best = session.best()
+    assert best is not None
+    assert best.value == max(t.value or 0 for t in trials)
+
+
+def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
+    make_session: MakeSession, digits: Data
+) -> None:
+    from fleet import lease
+
+    session = make_session(**CLIMBING)
+    for _ in range(3):
+        claimed = lease(session)
+        assert claimed is not None
+        session.fenced.take(claimed)
+        session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+    assert lease(session) is None
+    assert {rung_of(t) for t in session.trials()} == {"full"}
+
+
+def test_a_larger_budget_goes_on_from_the_top(make_session: MakeSession, digits: Data) -> None:
+    climb_to_the_top(make_session(**CLIMBING), digits, merit)
+    larger = make_session(**CLIMBING | {"budget": {"trials": 31, "epochs": 3}})
+    trials = climb_to_the_top(larger, digits, merit)
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 31}
+
+
+def test_the_algorithm_sees_the_rung_it_proposes_for_and_a_prior_from_below(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING | {"search": {"algorithm": "tpe"}})
+    climb_to_the_top(session, digits, merit)
+    heads = proposing(session, "head", 99).get_trials(deepcopy=False)
+    assert {rung_of(t) for t in heads} == {"head"}
+    assert {t.state for t in heads} == {COMPLETE}, "for the algorithm they came to their end"
+    whole = proposing(session, "full", 99).get_trials(deepcopy=False)
+    own = [t for t in whole if rung_of(t) == "full"]
+    assert [t.number for t in own] == [t.number for t in at(session, "full")]
+    prior = [t for t in whole if rung_of(t) == "head"]
+    assert len(prior) == 40
+    alike = {t.number: t.values for t in session.trials()}
+    assert all(abs(t.values[0] - alike[t.number][0]) < 1e-9 for t in prior), "both rungs agree"
+
+
+def test_a_rung_that_is_not_followed_gives_no_prior(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING | {"search": {"algorithm": "tpe"}})
+    climb_to_the_top(session, digits, opposite)
+    seen = proposing(session, "full", 99).get_trials(deepcopy=False)
+    assert {rung_of(t) for t in seen} == {"full"}
+
+
+def test_what_a_proposal_learns_from_is_capped(make_session: MakeSession, digits: Data) -> None:
+    ladder = {"rungs": ["head", "full"], "head": {"trials": MOST + 60}}
+    session = make_session(**CLIMBING | {"ladder": ladder})
+    for _ in range(MOST + 50):
+        end_next(session, digits, merit)
+    seen = proposing(session, "head", 1).get_trials(deepcopy=False, states=(COMPLETE,))
+    assert len(seen) <= MOST
+    best = session.ranked(t for t in session.trials() if rung_of(t) == "head")[:50]
+    assert {t.number for t in best} <= {t.number for t in seen}
