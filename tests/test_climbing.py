@@ -159,22 +159,15 @@ def test_what_decides_is_trained_on_both_rungs_before_the_decision(
 
 
 def test_all_three_rungs_are_climbed(make_session: MakeSession, digits: Data) -> None:
-    rungs = {
-        "rungs": ["head", "deferred", "full"],
-        "head": {"trials": 30},
-        "deferred": {"trials": 12},
-    }
-    session = make_session(**CLIMBING | {"ladder": rungs})
+    budgets = {"head": {"trials": 30}, "deferred": {"trials": 12}}
+    ladder = {"rungs": ["head", "deferred", "full"], **budgets}
+    session = make_session(**CLIMBING | {"ladder": ladder})
     trials = climb_to_the_top(session, digits, merit)
     assert Counter(rung_of(t) for t in trials) == {"head": 30, "deferred": 12, "full": 21}
     deferred = [t for t in trials if rung_of(t) == "deferred"]
     assert {(t.state, t.user_attrs["reason"]) for t in deferred} == {(PRUNED, "deferred")}
-    origins = {
-        rung_of(trials[t.user_attrs["promoted_from"]])
-        for t in deferred
-        if "promoted_from" in t.user_attrs
-    }
-    assert origins == {"head"}
+    origins = {t.user_attrs["promoted_from"] for t in deferred if "promoted_from" in t.user_attrs}
+    assert {rung_of(trials[number]) for number in origins} == {"head"}
     lines = ladder_lines(session)
     assert lines[0] == "head 30 of 30 trials"
     assert lines[1] == "deferred 12 of 12 trials"

@@ -147,6 +147,7 @@ class _Cohort:
         facts = {"metrics": metrics, "tau": assessment.tau, "train_loss": result.train_loss}
         if self.is_last:
             facts["recall_per_class"] = recalls(assessment, data)
+            facts["sampling"] = self._sampling(attempt)
             facts["extras"] = extras(
                 result.logits, *_norms(result), data.validation.targets.cpu(), data.groups
             )
@@ -156,6 +157,13 @@ class _Cohort:
         attempt.at_step(0, value)
         constrain(attempt, metrics)
         return value
+
+    def _sampling(self, attempt: Attempt) -> str:
+        """How often the recipe's sampler repeats images."""
+        recipe, targets = self.recipes[self.attempts.index(attempt)], self.data.train.targets
+        component = recipe.training.samplers(recipe.sampler)[-1]
+        sampler = component.build(targets.cpu(), seed=0, groups=self.data.groups)
+        return str(sampler.describe())
 
     def _best(self) -> int | None:
         """The trial of this cohort with the best value that keeps the floor."""
