@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tuner.heads._gradients import GRADIENTS, Batch, Gradient, Table
+from tuner.heads._adaptive import GRADIENTS
+from tuner.heads._gradients import Batch, Gradient, Table
 from tuner.heads._plans import Plan, own_planner
-from tuner.heads._rows import Kind, Row, row_of
+from tuner.heads._rows import Kind, Row, bare_row, row_of
 from tuner.heads._stack import Stack
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
@@ -57,7 +58,7 @@ class _Lane:
             batch_size=material.settings.batch_size,
         )
         self.sampler = self.planner.sampler
-        self.epoch = 0
+        self.epoch = self.steps = 0
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.begin_epoch()
 
@@ -100,12 +101,7 @@ class _Lane:
 
     def row(self) -> Row:
         """The row of the loss as it acts now; that of bare logits if it has none."""
-        row = row_of(self.order.loss)
-        if row is not None:
-            return row
-        counts = self.order.loss.class_counts
-        zeros = torch.zeros_like(counts)
-        return Row("softmax", torch.ones_like(counts), torch.ones_like(counts), zeros, zeros, zeros)
+        return row_of(self.order.loss) or bare_row(self.order.loss)
 
 
 class _Bench:
@@ -153,7 +149,8 @@ class _Bench:
         real = torch.arange(material.settings.batch_size) < sizes[:, None]
         weight = (real / sizes[:, None]).to(material.dtype)[:, None]
         targets = self.targets[step]
-        batch = Batch(targets, material.hits(targets), weight)
+        steps = torch.tensor([lane.steps for lane in self.lanes])
+        batch = Batch(targets, material.hits(targets), weight, sizes[:, None], steps)
         logits = self.stack.logits(inputs)
         self._note(inputs)
         gradient, losses = self.gradient(logits, batch, self.stack.table, True)
@@ -163,6 +160,7 @@ class _Bench:
         for lane, total in zip(self.lanes, sums, strict=True):
             lane.total += total
             lane.step += 1
+            lane.steps += 1
 
     def _note(self, inputs: Tensor) -> None:
         """Cross-entropy of the bare outputs, for samplers that ask for it."""

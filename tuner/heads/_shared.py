@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from tuner.heads._gradients import GRADIENTS, Batch
+from tuner.heads._adaptive import GRADIENTS
+from tuner.heads._gradients import Batch
 from tuner.heads._plans import MIXTURE, Plan, sampler_of, shared_planner
 from tuner.heads._rows import Kind, row_of
 from tuner.heads._stack import Stack
@@ -47,6 +48,8 @@ class _Wave:
         size = (len(orders), material.classes, material.width)
         self.stack = Stack(*size, head=head, dtype=material.dtype)
         self.ratios = torch.zeros(*size[:2], dtype=material.dtype)
+        self.sizes = torch.tensor([[material.settings.batch_size]])
+        self.steps = 0
         self.losses = torch.zeros(len(orders), dtype=torch.float64)
         for lane, order in enumerate(orders):
             self.stack.admit(lane, order.recipe.seed, order.head_bias())
@@ -91,7 +94,9 @@ class _Wave:
         inputs = material.inputs(plan.places[step], self.head)[None]
         targets = plan.targets[step]
         weight = self.ratios.index_select(1, targets)[:, None] / settings.batch_size
-        batch = Batch(targets, material.hits(targets)[None], weight)
+        steps = torch.tensor([self.steps])
+        self.steps += 1
+        batch = Batch(targets, material.hits(targets)[None], weight, self.sizes, steps)
         logits = self.stack.logits(inputs)
         gradient, losses = self.gradient(logits, batch, self.stack.table, value)
         self.stack.step(inputs, gradient, torch.tensor(settings.rate(progress), dtype=inputs.dtype))

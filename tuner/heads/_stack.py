@@ -44,6 +44,7 @@ class Stack:
         self.bias[lane] = bias or 0.0
         self.momentum[lane] = 0.0
         self.bias_momentum[lane] = 0.0
+        self.table.admit(lane)
 
     def _start(self, seed: int) -> Tensor:
         _, classes, width = self.weight.shape

@@ -77,7 +77,9 @@ class Material:
         self.rows = features.train.reshape(copies * images, self.width)
         self.targets = features.train_targets
         self.classes = data.num_classes
-        self.unit = self.width**0.5
+        first = features.train[0].to(dtype)
+        self.mean = first.mean(0)
+        self.unit = float((first - self.mean).square().sum(1).mean().sqrt()) or 1.0
 
     def inputs(self, places: Tensor, head: Head) -> Tensor:
         """Inputs (…, D) of a head at places of the features, copy · N + image."""
@@ -86,7 +88,7 @@ class Material:
 
     def _as_input(self, rows: Tensor, head: Head) -> Tensor:
         values = rows.to(self.dtype)
-        return normalize(values) if head == "cosine" else values.div_(self.unit)
+        return normalize(values) if head == "cosine" else values.sub_(self.mean).div_(self.unit)
 
     def validation(self, head: Head) -> Tensor:
         """Inputs (V, D) of a head for the validation part."""
@@ -106,6 +108,7 @@ class Material:
         logits = validation @ acting.t()
         if bias is not None:
             logits += bias
+            bias -= weight @ self.mean / self.unit
             weight = weight / (self.unit * self.features.scale)
         logits = logits.float() * order.recipe.loss.output_scale()
         finite = bool(logits.isfinite().all()) and train_loss - train_loss == 0
