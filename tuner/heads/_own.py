@@ -136,7 +136,8 @@ class _Bench:
         self.places = torch.stack([lane.plan.places[part] for lane, part in pairs], 1)
         self.targets = torch.stack([lane.plan.targets[part] for lane, part in pairs], 1)
         self.sizes = torch.stack([lane.plan.sizes[part] for lane, part in pairs], 1)
-        self.rates = torch.tensor([[lane.rate(s) for lane in self.lanes] for s in range(chunk)])
+        rates = [[lane.rate(step) for lane in self.lanes] for step in range(chunk)]
+        self.rates = torch.tensor(rates, dtype=self.material.dtype)
         for step in range(chunk):
             self._step(step)
             if stop():
@@ -147,7 +148,7 @@ class _Bench:
         material, sizes = self.material, self.sizes[step]
         inputs = material.inputs(self.places[step], self.head)
         real = torch.arange(material.settings.batch_size) < sizes[:, None]
-        weight = (real / sizes[:, None]).to(material.dtype)[:, None]
+        weight = (real.to(material.dtype) / sizes[:, None])[:, None]
         targets = self.targets[step]
         steps = torch.tensor([lane.steps for lane in self.lanes])
         batch = Batch(targets, material.hits(targets), weight, sizes[:, None], steps)
@@ -155,7 +156,7 @@ class _Bench:
         self._note(inputs)
         gradient, losses = self.gradient(logits, batch, self.stack.table, True)
         assert losses is not None
-        self.stack.step(inputs, gradient, self.rates[step].to(material.dtype)[:, None, None])
+        self.stack.step(inputs, gradient, self.rates[step][:, None, None])
         sums = (losses.double().sum((1, 2)) * sizes).tolist()
         for lane, total in zip(self.lanes, sums, strict=True):
             lane.total += total
