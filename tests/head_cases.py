@@ -59,7 +59,9 @@ def loss_table(case: str, seed: int) -> dict[str, Any]:
     return {"name": case.partition(" ")[0], **values}
 
 
-def head_recipe(loss: dict[str, Any] | None = None, sampler: str = "natural", **more: Any) -> Recipe:
+def head_recipe(
+    loss: dict[str, Any] | None = None, sampler: str = "natural", **more: Any
+) -> Recipe:
     """A recipe of which only loss, sampler and seed act here."""
     parts: dict[str, Any] = {"sampler": {"name": sampler, **more.pop("sampling", {})}}
     seed = more.pop("seed", 7)
@@ -182,5 +184,3 @@ class Loop:
 def unlike(a: Tensor, b: Tensor) -> float:
     """Largest difference in units of the largest value."""
     return float((a - b).abs().max() / b.abs().max())
-
-

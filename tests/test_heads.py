@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +38,13 @@ MIXED = [
 @pytest.fixture(scope="module")
 def features(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> Features:
     return pixel_features(digits, tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(scope="module")
+def odd(features: Features) -> Features:
+    """Features whose number fills no vector of a processor."""
+    few = {"train": features.train[..., 10:47], "validation": features.validation[:, 10:47]}
+    return replace(features, **few)
 
 
 def trained(
@@ -133,6 +139,15 @@ def test_number_of_lanes_order_and_back_filling_change_no_bit(
     wide = trained(MIXED, features, digits, settings)
     narrow = trained(MIXED[::-1], features, digits, settings, lanes=lanes)[::-1]
     assert all(identical(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+@pytest.mark.parametrize("batches", ["shared", "own"])
+def test_odd_sizes_change_no_bit_either(batches: str, odd: Features, digits: Data) -> None:
+    settings = replace(SETTINGS, batch_size=50, batches=batches, epochs=2)
+    alone = [trained([recipe], odd, digits, settings)[0] for recipe in MIXED]
+    company = trained(MIXED[::-1] * 3, odd, digits, settings, lanes=5)
+    for index, result in enumerate(company):
+        assert identical(result, alone[::-1][index % len(MIXED)])
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, OWN], ids=["shared", "own"])

@@ -54,7 +54,9 @@ def adaptive_gradient(
 def _observe(missed: Tensor, batch: Batch, table: Table) -> None:
     """Rate of each class: the ratio of two running sums that decay with every sample."""
     counted = batch.hit * batch.weight * batch.sizes[:, :, None]
-    decay = 0.5 ** (batch.sizes / table["half_life"][:, 0])
+    # Number by number: powers in a tensor depend on where in it they stand.
+    halves = (batch.sizes / table["half_life"][:, 0]).flatten().tolist()
+    decay = torch.tensor([[0.5**half] for half in halves], dtype=counted.dtype)
     sums = {"missed": (counted * missed).sum(2), "seen": counted.sum(2)}
     for name, now in sums.items():
         table.state[name].mul_(decay).add_(now)

@@ -113,7 +113,7 @@ class _Bench:
         self.material, self.head = material, head
         self.validation = material.validation(head)
         size = (len(orders), material.classes, material.width)
-        self.stack = Stack(*size, head=head, dtype=material.dtype)
+        self.stack = Stack(*size, features=material.features_wide, head=head, dtype=material.dtype)
         self.gradient: Gradient = (
             partial(self._through_modules) if kind is None else GRADIENTS[kind]
         )
@@ -147,7 +147,7 @@ class _Bench:
     def _step(self, step: int) -> None:
         material, sizes = self.material, self.sizes[step]
         inputs = material.inputs(self.places[step], self.head)
-        real = torch.arange(material.settings.batch_size) < sizes[:, None]
+        real = torch.arange(inputs.shape[1]) < sizes[:, None]
         weight = (real.to(material.dtype) / sizes[:, None])[:, None]
         targets = self.targets[step]
         steps = torch.tensor([lane.steps for lane in self.lanes])

@@ -8,7 +8,7 @@ import torch
 
 from tuner.heads._adaptive import GRADIENTS
 from tuner.heads._gradients import Batch
-from tuner.heads._plans import MIXTURE, Plan, sampler_of, shared_planner
+from tuner.heads._plans import MIXTURE, Plan, lines, sampler_of, shared_planner
 from tuner.heads._rows import Kind, row_of
 from tuner.heads._stack import Stack
 from tuner.heads._work import HeadResult, Material, Order, Stop
@@ -46,9 +46,12 @@ class _Wave:
         self.orders, self.material, self.head = orders, material, head
         self.gradient = GRADIENTS[kind]
         size = (len(orders), material.classes, material.width)
-        self.stack = Stack(*size, head=head, dtype=material.dtype)
+        self.stack = Stack(*size, features=material.features_wide, head=head, dtype=material.dtype)
         self.ratios = torch.zeros(*size[:2], dtype=material.dtype)
-        self.sizes = torch.tensor([[material.settings.batch_size]])
+        size_of_batch = material.settings.batch_size
+        self.sizes = torch.tensor([[size_of_batch]])
+        self.real = (torch.arange(lines(size_of_batch)) < size_of_batch).to(material.dtype)
+        self.real /= size_of_batch
         self.steps = 0
         self.losses = torch.zeros(len(orders), dtype=torch.float64)
         for lane, order in enumerate(orders):
@@ -93,7 +96,7 @@ class _Wave:
         material, settings = self.material, self.material.settings
         inputs = material.inputs(plan.places[step], self.head)[None]
         targets = plan.targets[step]
-        weight = self.ratios.index_select(1, targets)[:, None] / settings.batch_size
+        weight = self.ratios.index_select(1, targets)[:, None] * self.real
         steps = torch.tensor([self.steps])
         self.steps += 1
         batch = Batch(targets, material.hits(targets)[None], weight, self.sizes, steps)
