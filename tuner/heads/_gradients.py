@@ -7,17 +7,18 @@ Every operation treats lanes alike and apart: a lane's numbers do not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tuner.heads._rows import Kind, Row
+from tuner.heads._rows import Row
 
-VECTORS = ("weight", "mult", "add", "margin", "eps")
-NUMBERS = ("gamma", "gamma_neg")
+VECTORS = ("weight", "mult", "add", "margin", "eps", "spared")
+NUMBERS = ("gamma", "gamma_neg", "floor", "half_life")
+STATE = {"missed": 0.0, "seen": 0.0, "rate": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +27,15 @@ class Batch:
 
     ``hit`` (1 or K, C, B) is 1 at the class of each sample, else 0; ``targets`` are (B,) or
     (K, B). ``weight`` (K, 1, B) counts each sample in its lane's gradient, 1/B included.
+    ``sizes`` (1 or K, 1) are the numbers of samples, ``steps`` (1 or K,) those of the steps
+    that went before.
     """
 
     targets: Tensor
     hit: Tensor
     weight: Tensor
+    sizes: Tensor
+    steps: Tensor
 
     def pick(self, table: Tensor) -> Tensor:
         """Values (K, 1, B) of a table (K, C) at the samples' classes."""
@@ -45,7 +50,13 @@ class Table:
     def __init__(self, lanes: int, classes: int, dtype: torch.dtype) -> None:
         self.vectors = {name: torch.zeros(lanes, classes, dtype=dtype) for name in VECTORS}
         self.numbers = {name: torch.zeros(lanes, 1, 1, dtype=dtype) for name in NUMBERS}
+        self.state = {name: torch.zeros(lanes, classes, dtype=dtype) for name in STATE}
         self.note()
+
+    def admit(self, lane: int) -> None:
+        """Overwrite what a lane's loss remembers of its training."""
+        for name, start in STATE.items():
+            self.state[name][lane] = start
 
     def set(self, lane: int, row: Row) -> None:
         """Overwrite the row of a lane; ``note`` must follow before the next step."""
@@ -62,7 +73,7 @@ class Table:
 
     def keep(self, lanes: Tensor) -> None:
         """Only the given lanes, in that order."""
-        for values in (self.vectors, self.numbers):
+        for values in (self.vectors, self.numbers, self.state):
             for name, tensor in values.items():
                 values[name] = tensor.index_select(0, lanes)
         self.note()
@@ -145,10 +156,3 @@ def sigmoid_gradient(
     slope = modulator * (table["gamma"] * log_p.exp() * log_p - log_q.exp())
     losses = -weight * (modulator * log_p).sum(1, keepdim=True) if value else None
     return slope.mul_(sign).mul_(weight), losses
-
-
-GRADIENTS: Mapping[Kind, Gradient] = {
-    "softmax": softmax_gradient,
-    "smooth": smooth_gradient,
-    "sigmoid": sigmoid_gradient,
-}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tuner.heads._gradients import GRADIENTS, Batch, Gradient, Table
+from tuner.heads._adaptive import GRADIENTS
+from tuner.heads._gradients import Batch, Gradient, Table
 from tuner.heads._plans import Plan, own_planner
-from tuner.heads._rows import Kind, Row, row_of
+from tuner.heads._rows import Kind, Row, bare_row, row_of
 from tuner.heads._stack import Stack
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
@@ -57,7 +58,7 @@ class _Lane:
             batch_size=material.settings.batch_size,
         )
         self.sampler = self.planner.sampler
-        self.epoch = 0
+        self.epoch = self.steps = 0
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.begin_epoch()
 
@@ -100,12 +101,7 @@ class _Lane:
 
     def row(self) -> Row:
         """The row of the loss as it acts now; that of bare logits if it has none."""
-        row = row_of(self.order.loss)
-        if row is not None:
-            return row
-        counts = self.order.loss.class_counts
-        zeros = torch.zeros_like(counts)
-        return Row("softmax", torch.ones_like(counts), torch.ones_like(counts), zeros, zeros, zeros)
+        return row_of(self.order.loss) or bare_row(self.order.loss)
 
 
 class _Bench:
@@ -117,7 +113,7 @@ class _Bench:
         self.material, self.head = material, head
         self.validation = material.validation(head)
         size = (len(orders), material.classes, material.width)
-        self.stack = Stack(*size, head=head, dtype=material.dtype)
+        self.stack = Stack(*size, features=material.features_wide, head=head, dtype=material.dtype)
         self.gradient: Gradient = (
             partial(self._through_modules) if kind is None else GRADIENTS[kind]
         )
@@ -140,7 +136,8 @@ class _Bench:
         self.places = torch.stack([lane.plan.places[part] for lane, part in pairs], 1)
         self.targets = torch.stack([lane.plan.targets[part] for lane, part in pairs], 1)
         self.sizes = torch.stack([lane.plan.sizes[part] for lane, part in pairs], 1)
-        self.rates = torch.tensor([[lane.rate(s) for lane in self.lanes] for s in range(chunk)])
+        rates = [[lane.rate(step) for lane in self.lanes] for step in range(chunk)]
+        self.rates = torch.tensor(rates, dtype=self.material.dtype)
         for step in range(chunk):
             self._step(step)
             if stop():
@@ -150,19 +147,21 @@ class _Bench:
     def _step(self, step: int) -> None:
         material, sizes = self.material, self.sizes[step]
         inputs = material.inputs(self.places[step], self.head)
-        real = torch.arange(material.settings.batch_size) < sizes[:, None]
-        weight = (real / sizes[:, None]).to(material.dtype)[:, None]
+        real = torch.arange(inputs.shape[1]) < sizes[:, None]
+        weight = (real.to(material.dtype) / sizes[:, None])[:, None]
         targets = self.targets[step]
-        batch = Batch(targets, material.hits(targets), weight)
+        steps = torch.tensor([lane.steps for lane in self.lanes])
+        batch = Batch(targets, material.hits(targets), weight, sizes[:, None], steps)
         logits = self.stack.logits(inputs)
         self._note(inputs)
         gradient, losses = self.gradient(logits, batch, self.stack.table, True)
         assert losses is not None
-        self.stack.step(inputs, gradient, self.rates[step].to(material.dtype)[:, None, None])
+        self.stack.step(inputs, gradient, self.rates[step][:, None, None])
         sums = (losses.double().sum((1, 2)) * sizes).tolist()
         for lane, total in zip(self.lanes, sums, strict=True):
             lane.total += total
             lane.step += 1
+            lane.steps += 1
 
     def _note(self, inputs: Tensor) -> None:
         """Cross-entropy of the bare outputs, for samplers that ask for it."""

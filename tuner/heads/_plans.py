@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuner.datasets import Data
 from tuner.imbalance import Groups, class_priors
@@ -37,6 +38,17 @@ class Mixture(SamplerComponent):
 
 
 MIXTURE = Mixture()
+LINE = 32
+"""Samples and features are filled up to multiples of so many, two vectors of any processor.
+
+The bits of what is computed then do not depend on where in a stack it stands: the ends of
+tensors are computed with other instructions.
+"""
+
+
+def lines(number: int) -> int:
+    """``number``, filled up to whole lines."""
+    return -(-number // LINE) * LINE
 
 
 def sampler_of(recipe: Recipe) -> SamplerComponent:
@@ -55,7 +67,7 @@ class Plan:
     """Samples of an epoch's steps: places in the features (S, B), classes (S, B).
 
     ``images`` are the places without the copy; ``sizes`` (S,) says how many samples of each
-    step are real, the rest fill up.
+    step are real, the rest fill up: B is a multiple of ``LINE``.
     """
 
     places: Tensor
@@ -95,6 +107,7 @@ class Planner:
         return self._plan(images.view(steps, -1), sizes, epoch)
 
     def _plan(self, images: Tensor, sizes: Tensor, epoch: int) -> Plan:
+        images = pad(images, (0, lines(self.batch_size) - self.batch_size))
         draws = generator(self.seed, "copies", epoch)
         copy = torch.randint(self.copies, images.shape, generator=draws)
         targets = self.targets[images]

@@ -14,6 +14,8 @@ from tuner.losses import (
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
     CrossEntropyLoss,
+    EqualizationLoss,
+    FnrAdaptiveLoss,
     FocalLoss,
     LabelAwareSmoothingLoss,
     LabelSmoothingLoss,
@@ -25,8 +27,11 @@ from tuner.losses import (
     WeightedAsymmetricLoss,
     WeightedCrossEntropyLoss,
 )
+from tuner.seeding import derive_seed
 
-Kind = Literal["softmax", "smooth", "sigmoid"]
+Kind = Literal["softmax", "smooth", "sigmoid", "spared", "adaptive"]
+
+EQUALIZATION_SEED = derive_seed("equalization", 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,8 @@ class Row:
     ``smooth``: the same of targets of which a share ``eps`` is spread over all classes, with
     p_c^gamma_neg on the classes c that are not the sample's own.
     ``sigmoid``: weight_y times the sum of C binary focal losses, p = sigmoid(u).
+    ``spared``: cross-entropy without the other classes of which a draw is below ``spared``.
+    ``adaptive``: cross-entropy, weighted by how often each class is missed if ``floor`` < 1.
     """
 
     kind: Kind
@@ -45,8 +52,11 @@ class Row:
     add: Tensor
     margin: Tensor
     eps: Tensor
+    spared: Tensor
     gamma: float = 0.0
     gamma_neg: float = 0.0
+    floor: float = 1.0
+    half_life: float = 1.0
 
 
 def row_of(loss: Loss) -> Row | None:
@@ -60,6 +70,12 @@ def row_of(loss: Loss) -> Row | None:
     return read(loss)
 
 
+def bare_row(loss: Loss) -> Row:
+    """The row of a loss that is computed by its own module: logits as they are."""
+    ones, zeros = torch.ones_like(loss.class_counts), torch.zeros_like(loss.class_counts)
+    return Row("softmax", ones, ones, zeros, zeros, zeros, zeros)
+
+
 def _row(loss: Loss, kind: Kind, **values: Any) -> Row:
     counts = loss.class_counts
     weight = loss.class_weights if loss.active else None
@@ -69,6 +85,7 @@ def _row(loss: Loss, kind: Kind, **values: Any) -> Row:
         "add": torch.zeros_like(counts),
         "margin": torch.zeros_like(counts),
         "eps": torch.zeros_like(counts),
+        "spared": torch.zeros_like(counts),
     }
     return Row(kind, **(plain | values))
 
@@ -80,7 +97,7 @@ def _cross_entropy(loss: Loss) -> Row | None:
     return None if loss.class_weights is not None else _row(loss, "smooth", eps=loss.smoothing)
 
 
-def _unless_smoothed(read: Callable[[Any], Row]) -> Callable[[Any], Row | None]:
+def _unless_smoothed(read: Callable[[Any], Row | None]) -> Callable[[Any], Row | None]:
     return lambda loss: None if loss.smoothing is not None else read(loss)
 
 
@@ -107,6 +124,20 @@ def _asymmetric(loss: AsymmetricLoss) -> Row:
     return _row(loss, "smooth", eps=eps, gamma=loss.gamma_pos, gamma_neg=loss.gamma_neg)
 
 
+def _equalization(loss: EqualizationLoss) -> Row | None:
+    if loss.class_weights is not None or loss.seed != EQUALIZATION_SEED:
+        return None
+    spared = loss.tail * (loss.gamma if loss.active else 0.0)
+    return _row(loss, "spared", spared=spared)
+
+
+def _adaptive(loss: FnrAdaptiveLoss) -> Row | None:
+    if loss.class_weights is not None or loss.mode != "repaired" or loss.unit != "epochs":
+        return None
+    floor = loss.floor if loss.active else 1.0
+    return _row(loss, "adaptive", floor=floor, half_life=loss.half_life)
+
+
 READERS: dict[type[Loss], Callable[[Any], Row | None]] = {
     CrossEntropyLoss: _cross_entropy,
     WeightedCrossEntropyLoss: _cross_entropy,
@@ -117,6 +148,8 @@ READERS: dict[type[Loss], Callable[[Any], Row | None]] = {
     BalancedSoftmaxLoss: _unless_smoothed(_scaled),
     LdamLoss: _unless_smoothed(_ldam),
     ClassBalancedLoss: _unless_smoothed(_class_balanced),
+    EqualizationLoss: _unless_smoothed(_equalization),
+    FnrAdaptiveLoss: _unless_smoothed(_adaptive),
     FocalLoss: _unless_smoothed(lambda loss: _row(loss, "softmax", gamma=loss.gamma)),
     SigmoidFocalLoss: _unless_smoothed(lambda loss: _row(loss, "sigmoid", gamma=loss.gamma)),
     AsymmetricLoss: _unless_smoothed(_asymmetric),

@@ -28,7 +28,7 @@ class HeadTraining:
 
     epochs: Annotated[int, Field(ge=1)] = 10
     batch_size: Annotated[int, Field(ge=2)] = 256
-    lr: Annotated[float, Field(gt=0)] = 3.0
+    lr: Annotated[float, Field(gt=0)] = 10.0
     copies: Annotated[int, Field(ge=1)] = 2
     batches: Literal["shared", "own"] = "shared"
 

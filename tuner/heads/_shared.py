@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from tuner.heads._gradients import GRADIENTS, Batch
-from tuner.heads._plans import MIXTURE, Plan, sampler_of, shared_planner
+from tuner.heads._adaptive import GRADIENTS
+from tuner.heads._gradients import Batch
+from tuner.heads._plans import MIXTURE, Plan, lines, sampler_of, shared_planner
 from tuner.heads._rows import Kind, row_of
 from tuner.heads._stack import Stack
 from tuner.heads._work import HeadResult, Material, Order, Stop
@@ -45,8 +46,13 @@ class _Wave:
         self.orders, self.material, self.head = orders, material, head
         self.gradient = GRADIENTS[kind]
         size = (len(orders), material.classes, material.width)
-        self.stack = Stack(*size, head=head, dtype=material.dtype)
+        self.stack = Stack(*size, features=material.features_wide, head=head, dtype=material.dtype)
         self.ratios = torch.zeros(*size[:2], dtype=material.dtype)
+        size_of_batch = material.settings.batch_size
+        self.sizes = torch.tensor([[size_of_batch]])
+        self.real = (torch.arange(lines(size_of_batch)) < size_of_batch).to(material.dtype)
+        self.real /= size_of_batch
+        self.steps = 0
         self.losses = torch.zeros(len(orders), dtype=torch.float64)
         for lane, order in enumerate(orders):
             self.stack.admit(lane, order.recipe.seed, order.head_bias())
@@ -90,8 +96,10 @@ class _Wave:
         material, settings = self.material, self.material.settings
         inputs = material.inputs(plan.places[step], self.head)[None]
         targets = plan.targets[step]
-        weight = self.ratios.index_select(1, targets)[:, None] / settings.batch_size
-        batch = Batch(targets, material.hits(targets)[None], weight)
+        weight = self.ratios.index_select(1, targets)[:, None] * self.real
+        steps = torch.tensor([self.steps])
+        self.steps += 1
+        batch = Batch(targets, material.hits(targets)[None], weight, self.sizes, steps)
         logits = self.stack.logits(inputs)
         gradient, losses = self.gradient(logits, batch, self.stack.table, value)
         self.stack.step(inputs, gradient, torch.tensor(settings.rate(progress), dtype=inputs.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuner.heads._gradients import Table
 from tuner.heads._settings import MOMENTUM, WEIGHT_DECAY
@@ -18,13 +19,15 @@ class Stack:
 
     The matrix products are batched: each lane's has the same shape wherever it lies and however
     many there are, so that its bits are the same. One large product would be faster (by up to
-    1.4 where classes are few) but leaves the bits to where a library draws its blocks.
+    1.4 where classes are few) but leaves the bits to where a library draws its blocks. For the
+    same reason the width is in whole lines, see ``tuner.heads._plans``; of it, ``features``
+    are real and the rest zero.
     """
 
     def __init__(
-        self, lanes: int, classes: int, width: int, *, head: Head, dtype: torch.dtype
+        self, lanes: int, classes: int, width: int, *, features: int, head: Head, dtype: torch.dtype
     ) -> None:
-        self.head = head
+        self.features, self.head = features, head
         self.weight = torch.zeros(lanes, classes, width, dtype=dtype)
         self.bias = torch.zeros(lanes, classes, 1, dtype=dtype)
         self.momentum = torch.zeros_like(self.weight)
@@ -44,13 +47,15 @@ class Stack:
         self.bias[lane] = bias or 0.0
         self.momentum[lane] = 0.0
         self.bias_momentum[lane] = 0.0
+        self.table.admit(lane)
 
     def _start(self, seed: int) -> Tensor:
         _, classes, width = self.weight.shape
         if self.head == "linear":
             return torch.zeros(classes, width)
         with seeded(seed, "head"):
-            return CosineHead(width, classes).weight.detach()
+            drawn = CosineHead(self.features, classes).weight.detach()
+        return pad(drawn, (0, width - self.features))
 
     def keep(self, lanes: list[int]) -> None:
         """Only the given lanes, in that order."""
@@ -93,7 +98,8 @@ class Stack:
         if self.table.scaled:
             change.mul_(self.table["mult"][:, :, None])
         self.bias_momentum.mul_(MOMENTUM).add_(change)
-        self.bias.addcmul_(self.bias_momentum, rate, value=-1)
+        # In two operations: biases do not fill lines, and fused ones round otherwise at the end.
+        self.bias.sub_(self.bias_momentum * rate)
 
     def classifier(self, lane: int) -> tuple[Tensor, Tensor | None]:
         """Copies of the weight (C, D) and the bias (C,), None for a cosine head."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from tuner.datasets import Data
 from tuner.heads._features import Features
+from tuner.heads._plans import lines
 from tuner.heads._settings import HeadTraining
 from tuner.heads._stack import Stack
 from tuner.losses import Loss
@@ -64,32 +65,40 @@ class Order:
 class Material:
     """Features as training takes them, for either kind of head.
 
-    A linear head sees them divided by their root mean square length, a cosine head divided by
-    each one's own length.
+    A linear head sees them centred and divided by their root mean square length, which its
+    bias and weight make good; a cosine head divided by each one's own length. Zeros fill up
+    their number, see ``lines``.
     """
 
     def __init__(
         self, features: Features, data: Data, settings: HeadTraining, dtype: torch.dtype
     ) -> None:
         self.features, self.data, self.settings, self.dtype = features, data, settings, dtype
-        copies, images, self.width = features.train.shape
-        self.copies, self.images = copies, images
-        self.rows = features.train.reshape(copies * images, self.width)
+        self.copies, _, self.features_wide = features.train.shape
+        self.width = lines(self.features_wide)
+        self.rows = features.train.flatten(0, 1)
         self.targets = features.train_targets
         self.classes = data.num_classes
-        self.unit = self.width**0.5
+        first = features.train[0].to(dtype)
+        self.mean = first.mean(0)
+        self.unit = float((first - self.mean).square().sum(1).mean().sqrt()) or 1.0
 
     def inputs(self, places: Tensor, head: Head) -> Tensor:
-        """Inputs (…, D) of a head at places of the features, copy · N + image."""
+        """Inputs (…, width) of a head at places of the features, copy · N + image."""
         rows = self.rows.index_select(0, places.flatten())
         return self._as_input(rows, head).view(*places.shape, self.width)
 
     def _as_input(self, rows: Tensor, head: Head) -> Tensor:
         values = rows.to(self.dtype)
-        return normalize(values) if head == "cosine" else values.div_(self.unit)
+        if head == "cosine":
+            values = normalize(values)
+        else:
+            values.sub_(self.mean).div_(self.unit)
+        more = self.width - self.features_wide
+        return pad(values, (0, more)) if more else values
 
     def validation(self, head: Head) -> Tensor:
-        """Inputs (V, D) of a head for the validation part."""
+        """Inputs (V, width) of a head for the validation part."""
         return self._as_input(self.features.validation, head)
 
     def hits(self, targets: Tensor) -> Tensor:
@@ -104,8 +113,10 @@ class Material:
         weight, bias = stack.classifier(lane)
         acting = weight if bias is not None else normalize(weight)
         logits = validation @ acting.t()
+        weight = weight[:, : self.features_wide]
         if bias is not None:
             logits += bias
+            bias -= weight @ self.mean / self.unit
             weight = weight / (self.unit * self.features.scale)
         logits = logits.float() * order.recipe.loss.output_scale()
         finite = bool(logits.isfinite().all()) and train_loss - train_loss == 0

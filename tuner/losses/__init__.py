@@ -24,7 +24,7 @@ from tuner.losses._cross_entropy import (
     WeightedCrossEntropy,
     WeightedCrossEntropyLoss,
 )
-from tuner.losses._equalization import Equalization, EqualizationLoss
+from tuner.losses._equalization import Equalization, EqualizationLoss, equalization_draws
 from tuner.losses._fnr import FnrAdaptive, FnrAdaptiveLoss
 from tuner.losses._focal import Focal, FocalLoss, SigmoidFocalLoss
 from tuner.losses._ldam import Ldam, LdamLoss
@@ -72,5 +72,6 @@ __all__ = [
     "WeightedCrossEntropy",
     "WeightedCrossEntropyLoss",
     "class_balanced_weights",
+    "equalization_draws",
     "frequency_weights",
 ]

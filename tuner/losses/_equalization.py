@@ -74,10 +74,17 @@ class EqualizationLoss(Loss):
 
     def _spared(self, logits: Tensor) -> Tensor:
         """Mask (N, C) of the tail classes that are left out as negatives of each sample."""
-        place = torch.arange(logits.numel(), device=logits.device)
-        key = _mix(self.steps.to(logits.device) + self.seed)
-        drawn = _mix(place + key).view(logits.shape) < self.gamma * (_WORD + 1)
-        return drawn & self.tail.to(logits.device)
+        places = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
+        drawn = equalization_draws(self.seed, self.steps.to(logits.device), places)
+        return (drawn < self.gamma) & self.tail.to(logits.device)
+
+
+def equalization_draws(seed: int, steps: Tensor, places: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64, that decide who is left out in the batch after ``steps``.
+
+    ``places`` count samples and their classes, sample after sample, in any arrangement.
+    """
+    return _mix(places + _mix(steps + seed)).double() / (_WORD + 1)
 
 
 def _mix(words: Tensor) -> Tensor:

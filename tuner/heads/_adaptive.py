@@ -1,0 +1,73 @@
+"""Gradients of the losses that draw or remember: equalization, and weights by miss rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tuner.heads._gradients import (
+    Batch,
+    Gradient,
+    Table,
+    sigmoid_gradient,
+    smooth_gradient,
+    softmax_gradient,
+)
+from tuner.heads._rows import EQUALIZATION_SEED, Kind
+from tuner.losses import equalization_draws
+
+
+def spared_gradient(
+    u: Tensor, batch: Batch, table: Table, value: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax without the classes that are left out; a sample's own class never is."""
+    _, classes, samples = u.shape
+    places = torch.arange(samples) * classes + torch.arange(classes)[:, None]
+    draws = equalization_draws(EQUALIZATION_SEED, batch.steps[:, None, None], places)
+    left_out = (draws < table["spared"][:, :, None]) & (batch.hit == 0)
+    absent = torch.finfo(u.dtype).min / 4
+    return softmax_gradient(u.masked_fill_(left_out, absent), batch, table, value)
+
+
+def adaptive_gradient(
+    u: Tensor, batch: Batch, table: Table, value: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax with weights from the rates so far; then the batch counts for the rates."""
+    importance = batch.pick(table.state["rate"].maximum(table["floor"][:, 0]))
+    total = batch.weight.sum(2, keepdim=True)
+    mean = (batch.weight * importance).sum(2, keepdim=True) / total
+    missed = (u.argmax(1) != batch.targets).to(u.dtype)[:, None]
+    weighted = Batch(
+        batch.targets,
+        batch.hit,
+        batch.weight * (importance / mean),
+        batch.sizes,
+        batch.steps,
+    )
+    found = softmax_gradient(u, weighted, table, value)
+    _observe(missed, batch, table)
+    return found
+
+
+def _observe(missed: Tensor, batch: Batch, table: Table) -> None:
+    """Rate of each class: the ratio of two running sums that decay with every sample."""
+    counted = batch.hit * batch.weight * batch.sizes[:, :, None]
+    # Number by number: powers in a tensor depend on where in it they stand.
+    halves = (batch.sizes / table["half_life"][:, 0]).flatten().tolist()
+    decay = torch.tensor([[0.5**half] for half in halves], dtype=counted.dtype)
+    sums = {"missed": (counted * missed).sum(2), "seen": counted.sum(2)}
+    for name, now in sums.items():
+        table.state[name].mul_(decay).add_(now)
+    missed, seen = table.state["missed"], table.state["seen"]
+    table.state["rate"] = torch.where(seen > 0, missed / seen, table.state["rate"])
+
+
+GRADIENTS: Mapping[Kind, Gradient] = {
+    "softmax": softmax_gradient,
+    "smooth": smooth_gradient,
+    "sigmoid": sigmoid_gradient,
+    "spared": spared_gradient,
+    "adaptive": adaptive_gradient,
+}
