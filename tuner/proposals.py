@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import compared
 from tuner.ladder import Rung, is_judged, rung_of
-from tuner.search import algorithm
+from tuner.search import algorithm, cohort_tpe
 from tuner.seeding import derive_seed
 from tuner.session import Session
 
@@ -27,17 +27,22 @@ def proposing(session: Session, rung: Rung, number: int) -> Study:
 
     The study that is searched at one rung is seen whole.
     """
-    study = _study(session, rung)
-    name = session.file.search.algorithm
-    if rung == "head" and number % BLIND == 0:
-        name = "random"
-    study.sampler = algorithm(name, derive_seed(session.file.search.seed, "search", number) % 2**32)
+    study, name = _study(session, rung), session.file.search.algorithm
+    seed = derive_seed(session.file.search.seed, "search", number) % 2**32
+    if rung != "head" or name != "tpe":
+        study.sampler = algorithm(name, seed)
+    elif number % BLIND == 0:
+        study.sampler = algorithm("random", seed)
+    else:
+        study.sampler = session.samplers.setdefault(rung, cohort_tpe())
+        study.sampler.seed(seed)
     return study
 
 
 def forget(session: Session, rung: Rung) -> None:
     """Read the trials again before the next proposal."""
     _study(session, rung)._thread_local.cached_all_trials = None
+    session.samplers.pop(rung, None)
 
 
 def _study(session: Session, rung: Rung) -> Study:

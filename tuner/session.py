@@ -24,6 +24,7 @@ from tuner.ledger import FencedStorage, Ledger, Limits, prepare
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
 from tuner.remote import is_remote
+from tuner.search import CohortTPESampler
 from tuner.storage import exclusive, lease_seconds, open_storage, opening
 from tuner.stores import Store
 from tuner.study import StudyFile, parse
@@ -42,6 +43,7 @@ class Session:
     store: Store
     fenced: FencedStorage
     views: dict[Rung, Study] = field(default_factory=dict, repr=False, compare=False)
+    samplers: dict[Rung, CohortTPESampler] = field(default_factory=dict, repr=False, compare=False)
     _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
 
     @property
