@@ -18,7 +18,7 @@ from tuner.worker import raise_if_broken
 TICK = 0.1
 MAX_CRASHES = 5
 HURRY_SECONDS = 5.0
-SETTLING_SECONDS = 2.0
+SETTLING_SECONDS = 5.0
 INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
