@@ -12,7 +12,7 @@ from tuner.ledger._changes import (
 from tuner.ledger._clock import read_now
 from tuner.ledger._fenced import FencedStorage
 from tuner.ledger._ledger import LEASE_SECONDS, Ledger
-from tuner.ledger._schema import newest, prepare, version
+from tuner.ledger._schema import newest, prepare, prepared, version
 from tuner.ledger._tables import clocks
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "clocks",
     "newest",
     "prepare",
+    "prepared",
     "read_now",
     "version",
 ]
