@@ -22,7 +22,12 @@ class DataError(TunerError):
 
 
 class StorageError(TunerError):
-    """A storage that cannot be opened, or that holds something else than expected."""
+    """A storage that cannot be opened, or that holds something else than expected.
+
+    ``passes`` says that it is away rather than wrong: who has the time tries again.
+    """
+
+    passes = False
 
 
 class UnknownNameError(TunerError):

@@ -39,18 +39,22 @@ def slot(
 
     Where the study is comes from the environment. It leaves when its standard input ends.
     """
-    from tuner.errors import StorageError, TunerError
+    from tuner.cli.failures import curable
+    from tuner.errors import StorageError
     from tuner.stores import StoreError
     from tuner.supervisor import TEMPORARY
 
     logging.getLogger("tuner").setLevel(level)
     try:
         _be_a_slot(study, name, device, threads, grace, data)
-    except TunerError as error:
+    except Exception as error:
+        known = curable(error)
+        if known is None:
+            raise
         if _state["debug"]:
             traceback.print_exc()
-        say(f"tuner: {error}")
-        passes = isinstance(error, StorageError | StoreError)
+        say(f"tuner: {known}")
+        passes = isinstance(known, StorageError | StoreError)
         raise typer.Exit(TEMPORARY if passes else 1) from None
 
 
@@ -63,7 +67,7 @@ def _be_a_slot(
     with StopRequest(quiet=True).installed() as stop:
         _leave_with_input(stop, grace)
         chosen_device(device)
-        session = joined(study, None, None, writes=True)
+        session = joined(study, None, None, writes=True, lasting=True)
         loaded = session.file.data.build(data)
         lines = SlotLines(session)
         work(
