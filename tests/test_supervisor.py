@@ -21,10 +21,10 @@ from optuna.trial import TrialState
 from tuner.datasets import Data
 from tuner.errors import TunerError
 from tuner.ledger import Lease
-from tuner.pulse import facts, process
+from tuner.pulse import Pulse, facts, process
 from tuner.session import Session
 from tuner.slots import SlotPlan, plan_slots
-from tuner.supervisor import Sight, Supervisor, _child, _supervisor
+from tuner.supervisor import TAKEN, Sight, Supervisor, _child, _supervisor
 from tuner.worker import SAME_REQUEST, work
 
 pytestmark = pytest.mark.timeout(300)
@@ -223,6 +223,39 @@ def test_second_worker_of_one_name_leaves_and_nothing_runs_twice(
     assert [a["end"] for a in session.ledger.attempts()] == [None]
     worker.process.terminate()
     assert worker.end() == 0
+
+
+def test_two_workers_of_one_name_share_its_slots_and_say_so(
+    make_session: MakeSession, machine: Callable[..., Machine], digits: Data, sqlite: str
+) -> None:
+    session = make_session(**ENDLESS)
+    # As another worker's slot does that was started at the same moment.
+    other = ("me/1", session.ledger.register("me/1", facts("cpu") | {"machine": "elsewhere"}))
+    worker = machine("--slots", "2", "--id", "me", lease=20.0)
+    with Pulse(session.ledger, other) as pulse:
+        worker.wait_for("slot 0 · trial")
+
+        def refused() -> bool:
+            pulse.beat()
+            return "slot 1 stays empty: a worker me/1 is at work on" in worker.text
+
+        until(refused, lambda: worker.text)
+    assert "give this one another --id" in worker.text
+    assert worker.process.poll() is None, "slot 0 works on"
+    worker.process.terminate()
+    assert worker.end() == 0, worker.text
+    assert {a["worker_id"] for a in session.ledger.attempts()} == {"me/0"}
+
+
+def test_slots_whose_names_are_all_taken_end_with_the_reason(
+    make_session: MakeSession, said: list[str]
+) -> None:
+    code = f"import sys; print('tuner: a worker', sys.argv[2], 'is at work'); sys.exit({TAKEN})"
+    supervisor = Supervisor(make_session(), plan_slots(cores=2), "me", fake(code))
+    with pytest.raises(TunerError, match="^a worker me/. is at work$"):
+        supervisor.run()
+    assert len(said) == 1
+    assert " stays empty: a worker me/" in said[0]
 
 
 def test_what_the_user_can_cure_is_said_once_and_ends_all_slots(

@@ -30,6 +30,10 @@ class StorageError(TunerError):
     passes = False
 
 
+class NameTakenError(TunerError):
+    """The name of a worker that another one has, which is alive."""
+
+
 class UnknownNameError(TunerError):
     """A name that no component is registered under."""
 

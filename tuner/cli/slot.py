@@ -13,6 +13,7 @@ import typer
 
 from tuner.cli import _state, app, say
 from tuner.cli.options import DataFolder, StudyName, chosen_device, joined
+from tuner.errors import NameTakenError, StorageError, TunerError
 
 Grace = Annotated[
     float,
@@ -40,9 +41,6 @@ def slot(
     Where the study is comes from the environment. It leaves when its standard input ends.
     """
     from tuner.cli.failures import curable
-    from tuner.errors import StorageError
-    from tuner.stores import StoreError
-    from tuner.supervisor import TEMPORARY
 
     logging.getLogger("tuner").setLevel(level)
     try:
@@ -54,8 +52,17 @@ def slot(
         if _state["debug"]:
             traceback.print_exc()
         say(f"tuner: {known}")
-        passes = isinstance(known, StorageError | StoreError)
-        raise typer.Exit(TEMPORARY if passes else 1) from None
+        raise typer.Exit(_exit_code(known)) from None
+
+
+def _exit_code(error: TunerError) -> int:
+    """What the supervisor is told: start again later, leave the name to another, or give up."""
+    from tuner.stores import StoreError
+    from tuner.supervisor import TAKEN, TEMPORARY
+
+    if isinstance(error, StorageError | StoreError):
+        return TEMPORARY
+    return TAKEN if isinstance(error, NameTakenError) else 1
 
 
 def _be_a_slot(
