@@ -78,7 +78,11 @@ def test_with_debug_the_traceback_is_shown(away: Fleet) -> None:
         away("--debug", "reap", "small")
 
 
-def test_slot_whose_database_goes_away_starts_again_later(away: Fleet) -> None:
+def test_slot_whose_database_goes_away_starts_again_later(
+    away: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would end this process and all its group once this one's standard input ends.
+    monkeypatch.setattr("tuner.cli.slot._leave_with_input", lambda *_: None)
     away("slot", "small", "--id", "me", "--device", "cpu", code=TEMPORARY)
 
 

@@ -180,7 +180,15 @@ def test_two_workers_share_one_budget(
     command = [sys.executable, "-m", "tuner", "worker", "tiny", "--storage", sqlite]
     workers = [
         subprocess.Popen(
-            [*command, "--artifacts", str(tmp_path / "artifacts"), "--device", "cpu"],
+            [
+                *command,
+                "--artifacts",
+                str(tmp_path / "artifacts"),
+                "--device",
+                "cpu",
+                "--slots",
+                "1",
+            ],
             stderr=subprocess.PIPE,
         )
         for _ in range(2)
