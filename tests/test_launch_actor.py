@@ -48,9 +48,7 @@ def run(worker: Worker, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 def closed() -> Exception:
-    found = StorageError("cannot open the storage")
-    found.passes = True
-    return found
+    return StorageError("cannot open the storage", passes=True)
 
 
 def dropped() -> Exception:

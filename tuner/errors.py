@@ -27,7 +27,9 @@ class StorageError(TunerError):
     ``passes`` says that it is away rather than wrong: who has the time tries again.
     """
 
-    passes = False
+    def __init__(self, text: str = "", *, passes: bool = False) -> None:
+        super().__init__(text)
+        self.passes = passes
 
 
 class NameTakenError(TunerError):

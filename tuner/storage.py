@@ -116,9 +116,9 @@ def opening(url: str) -> Iterator[None]:
         backend = parse_url(url).get_backend_name()
         if isinstance(error, ImportError) and backend in ("mysql", "mariadb"):
             reason += "; pip install 'tuner[mysql]'"
-        raised = StorageError(f"cannot open the storage {masked(url)}: {reason}")
-        raised.passes = passes(error)
-        raise raised from None
+        raise StorageError(
+            f"cannot open the storage {masked(url)}: {reason}", passes=passes(error)
+        ) from None
 
 
 def failure(error: Exception, url: str) -> StorageError | None:
@@ -133,9 +133,8 @@ def failure(error: Exception, url: str) -> StorageError | None:
     away = passes(error)
     said = "does not answer" if away else "refused"
     then = "; try again when it is back, or see tuner doctor" if away else " (--debug shows where)"
-    found = StorageError(f"the storage {masked(url)} {said}: {_reason(error, url)}{then}")
-    found.passes = away
-    return found
+    text = f"the storage {masked(url)} {said}: {_reason(error, url)}{then}"
+    return StorageError(text, passes=away)
 
 
 def _reason(error: BaseException, url: str) -> str:

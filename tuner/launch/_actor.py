@@ -77,13 +77,10 @@ class Worker:
         while not self._stops():
             try:
                 return self._work(place, device, cores)
-            except StoreError as error:
-                known: TunerError = error
             except Exception as error:
-                found = failure(error, storage_url(None))
-                if found is None:
+                known = _trouble(error)
+                if known is None:
                     raise
-                known = found
             refused += not (isinstance(known, StorageError) and known.passes)
             if refused == TRIES:
                 raise known
@@ -115,6 +112,11 @@ class Worker:
             threads=1 if where.startswith("cuda") else cores,
             stop=self._stops,
         )
+
+
+def _trouble(error: Exception) -> TunerError | None:
+    """What the storage or the store of artifacts said; None when it was another."""
+    return error if isinstance(error, StoreError) else failure(error, storage_url(None))
 
 
 def _found_device() -> str:
