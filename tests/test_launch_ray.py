@@ -30,12 +30,12 @@ from tuner.rungs.full import Outcome
 from tuner.session import Session
 from tuner.stores import FolderStore
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 with_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None and not REQUIRED, reason="Ray is not installed"
 )
 
-PATIENCE = 150.0
+PATIENCE = 300.0
 PASSWORD = "sesame-open-yourself"
 MACHINE = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 80_000_000}
 LONG: dict[str, Any] = {

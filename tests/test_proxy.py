@@ -65,7 +65,9 @@ from tuner.remote._channel import channel_to, wait_until_ready
 from tuner.storage import open_storage
 from tuner.stores import FolderStore
 
-PATIENCE = 90.0
+pytestmark = pytest.mark.timeout(600)
+
+PATIENCE = 250.0
 
 
 class Proxied(Ledgers):

@@ -27,9 +27,9 @@ from tuner.slots import SlotPlan, plan_slots
 from tuner.supervisor import TAKEN, Sight, Supervisor, _child, _supervisor
 from tuner.worker import SAME_REQUEST, work
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
-PATIENCE = 90.0
+PATIENCE = 250.0
 ENDLESS: dict[str, Any] = {
     "budget": {"trials": 3, "epochs": 100_000},
     "search": {"pruner": "none"},

@@ -24,9 +24,9 @@ from tuner.session import Session
 from tuner.stores import FolderStore
 from tuner.worker import StopRequest, work
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
-PATIENCE = 100.0
+PATIENCE = 250.0
 STUDY = """
 name = "long"
 [data]
