@@ -32,8 +32,22 @@ SERVERS = [
 ]
 REQUIRED = os.environ.get("TUNER_REQUIRE_SERVICES") == "1"
 
+# Files whose tests start many processes and wait for them: begun first, they do not end last, with
+# one of two cores idle beside them.
+LONG = ("test_launch_ray", "chaos", "test_supervisor", "test_worker", "test_launch_slurm")
+
 MakeFile = Callable[..., StudyFile]
 MakeSession = Callable[..., Session]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first; what order tests have within a file stays."""
+
+    def rank(item: pytest.Item) -> int:
+        names = (item.path.stem, item.path.parent.name)
+        return min(LONG.index(name) if name in LONG else len(LONG) for name in names)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,9 +29,9 @@ from tuner.session import Session
 from tuner.stores import FolderStore
 
 pytest.importorskip("submitit")
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
-PATIENCE = 100.0
+PATIENCE = 250.0
 PASSWORD = "sesame-open-yourself"
 LONG: dict[str, Any] = {
     "budget": {"trials": 2, "epochs": 300},

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from conftest import MakeSession
 from fleet import lease
+from ledgers import expire
 from optuna.trial import TrialState
 
 from tuner.ledger import Lease
-from tuner.pulse import Contact, Pulse, facts, is_gone
+from tuner.pulse import BEATS_PER_LEASE, Contact, Pulse, facts, is_gone
 from tuner.session import Session
 
 
@@ -66,20 +67,19 @@ def test_contact_begins_anew_after_an_outage_or_a_sleep(clock: list[float]) -> N
 
 
 def test_overdue_lease_is_not_taken_before_its_worker_had_the_time_to_renew_it(
-    make_session: MakeSession,
+    make_session: MakeSession, clock: list[float]
 ) -> None:
     session = make_session()
-    session.ledger.lease_seconds = 0.3
     silent, other = member(session, "silent", machine="elsewhere"), member(session, "other")
     claimed(session, silent)
-    time.sleep(0.5)
+    expire(session.ledger)
     beats = Pulse(session.ledger, other)
-    beats.beat()
-    assert [t.number for t in session.trials(TrialState.RUNNING)] == [0]
+    running = []
     for _ in range(6):
-        time.sleep(0.1)
         beats.beat()
-    assert session.trials(TrialState.RUNNING) == []
+        running.append(len(session.trials(TrialState.RUNNING)))
+        clock[0] += session.ledger.lease_seconds / BEATS_PER_LEASE
+    assert running == [1] * 5 + [0]
 
 
 def test_dead_process_of_this_machine_is_found_at_once(make_session: MakeSession) -> None:

@@ -129,7 +129,7 @@ def test_made_up_problem_has_its_optimum_where_it_says(bench: dict[str, Any]) ->
 
 def test_tpe_finds_more_than_chance(bench: dict[str, Any]) -> None:
     def found(name: str) -> float:
-        runs = (bench["search"](lambda s: algorithm(name, s), s, 100) for s in range(5))
+        runs = (bench["search"](lambda s: algorithm(name, s), s, 60) for s in range(4))
         return fmean(max(value for _, value in run) for run in runs)
 
     assert found("tpe") > found("random")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 from conftest import MakeFile, MakeSession
 from fleet import claim, give_back
 from image_folders import photos
@@ -19,8 +22,9 @@ from tuner import tickets
 from tuner.datasets import Data
 from tuner.errors import DataError, StorageError, TunerError
 from tuner.fit import check_data
+from tuner.ledger._tables import metadata
 from tuner.session import Session
-from tuner.storage import open_storage
+from tuner.storage import exclusive, open_storage
 from tuner.stores import FolderStore
 from tuner.tickets import fill_queue
 
@@ -400,3 +404,30 @@ def test_many_processes_create_one_study_with_one_queue_on_an_empty_storage(
     made = (make_file(budget={"trials": 10, "epochs": 3}), digits)
     _in_processes(_create_at_once, 4, made, storage, tmp_path)
     assert len(sessions.join("tiny", storage, FolderStore(tmp_path)).trials()) == 10
+
+
+def test_study_is_joined_while_somebody_holds_the_lock(
+    database: str, make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    store = FolderStore(tmp_path / "artifacts")
+    sessions.create(make_file(), database, store, digits)
+    with ThreadPoolExecutor() as pool, exclusive(database):
+        for writes in (False, True):
+            joined = pool.submit(sessions.join, "tiny", database, store, writes=writes)
+            assert joined.result(timeout=60).file.name == "tiny"
+
+
+def test_who_must_make_the_tables_waits_for_the_lock(
+    database: str, make_file: MakeFile, digits: Data, tmp_path: Path
+) -> None:
+    store = FolderStore(tmp_path / "artifacts")
+    engine = sessions.create(make_file(), database, store, digits).ledger.engine
+    with engine.begin() as connection:
+        metadata.drop_all(connection)
+        connection.execute(sa.text("DROP TABLE tuner_version"))
+    with ThreadPoolExecutor() as pool:
+        with exclusive(database):
+            joined = pool.submit(sessions.join, "tiny", database, store)
+            time.sleep(0.5)
+            assert not joined.done()
+        assert joined.result(timeout=60).ledger.ready()

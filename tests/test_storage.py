@@ -165,7 +165,7 @@ def test_idle_storage_holds_no_connection(server: str, request: pytest.FixtureRe
     study = optuna.create_study(storage=open_storage(url), study_name="s")
     study.enqueue_trial({})
     engine = sqlalchemy.create_engine(url)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     with engine.connect() as connection:
         others = KILL[engine.dialect.name]
         while connection.exec_driver_sql(others).scalars().all():

@@ -163,9 +163,9 @@ def reading(engine: Engine) -> dict[str, Any]:
 
 def make_single_engine(url: URL) -> Engine:
     """An engine that keeps no connection between uses, and opens no transaction."""
-    arguments = SERVER.get(url.get_backend_name(), {})
+    connect = arguments(url)["connect_args"]
     return sqlalchemy.create_engine(
-        url, poolclass=NullPool, connect_args=arguments, isolation_level="AUTOCOMMIT"
+        url, poolclass=NullPool, connect_args=connect, isolation_level="AUTOCOMMIT"
     )
 
 

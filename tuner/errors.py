@@ -22,7 +22,18 @@ class DataError(TunerError):
 
 
 class StorageError(TunerError):
-    """A storage that cannot be opened, or that holds something else than expected."""
+    """A storage that cannot be opened, or that holds something else than expected.
+
+    ``passes`` says that it is away rather than wrong: who has the time tries again.
+    """
+
+    def __init__(self, text: str = "", *, passes: bool = False) -> None:
+        super().__init__(text)
+        self.passes = passes
+
+
+class NameTakenError(TunerError):
+    """The name of a worker that another one has, which is alive."""
 
 
 class UnknownNameError(TunerError):

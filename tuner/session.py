@@ -20,7 +20,7 @@ from tuner.errors import StorageError, close_match
 from tuner.evaluation import certainty
 from tuner.fit import check_data, check_fit
 from tuner.ladder import Rung, is_judged
-from tuner.ledger import FencedStorage, Ledger, Limits, prepare
+from tuner.ledger import FencedStorage, Ledger, Limits, prepare, prepared
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
 from tuner.remote import is_remote
@@ -195,8 +195,10 @@ def join(name: str, url: str, store: Store, *, writes: bool = True) -> Session:
     storage = open_storage(url, create=False, writes=writes)
     engine = None if is_remote(url) else make_engine(url)
     if writes and engine is not None:
-        with opening(url), exclusive(url):
-            prepare(engine)
+        with opening(url):
+            if not prepared(engine):
+                with exclusive(url):
+                    prepare(engine)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise StorageError(f"no study {name!r} in {masked(url)}{close_match(name, names)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import OptunaError
+from optuna.exceptions import OptunaError, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import NullPool
@@ -27,12 +27,14 @@ from tuner.engines import (
     make_single_engine,
     masked,
     parse_url,
+    passes,
     without_password,
 )
 from tuner.errors import StorageError, TunerError
 from tuner.remote import is_remote, open_remote
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
+VERSION_TABLE = "alembic_version"
 LOCK_SECONDS = 300
 LOCK_PAUSE = 0.02
 LOCKED = "{} stays locked by another process, which may hang while it opens it; try again"
@@ -82,8 +84,15 @@ def open_storage(url: str, *, create: bool = True, writes: bool = True) -> BaseS
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         _prepare_file(parsed, create)
-    with opening(url), exclusive(url):
-        storage = insist(lambda: _rdb_storage(parsed, writes), patience=LOCK_SECONDS, when=is_busy)
+    with opening(url):
+        made = insist(lambda: _has_tables(parsed), patience=LOCK_SECONDS, when=is_busy)
+        # Only who makes the tables must be alone.
+        with contextlib.nullcontext() if made else exclusive(url):
+            storage = insist(
+                lambda: _rdb_storage(parsed, writes, make=not made),
+                patience=LOCK_SECONDS,
+                when=is_busy,
+            )
     return optuna.storages.get_storage(storage)
 
 
@@ -103,16 +112,37 @@ def opening(url: str) -> Iterator[None]:
         OSError,
         RuntimeError,
     ) as error:
-        parsed = parse_url(url)
-        cause = error.__cause__ if isinstance(error, OptunaError) else error
-        said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()
-        reason = said[0] if said else type(error).__name__
-        if isinstance(error, ImportError):
-            extra = "mysql" if parsed.get_backend_name() in ("mysql", "mariadb") else ""
-            reason += f"; pip install 'tuner[{extra}]'" if extra else ""
+        reason = _reason(error, url)
+        backend = parse_url(url).get_backend_name()
+        if isinstance(error, ImportError) and backend in ("mysql", "mariadb"):
+            reason += "; pip install 'tuner[mysql]'"
         raise StorageError(
-            f"cannot open the storage {masked(url)}: {without_password(reason, parsed)}"
+            f"cannot open the storage {masked(url)}: {reason}", passes=passes(error)
         ) from None
+
+
+def failure(error: Exception, url: str) -> StorageError | None:
+    """What the database at ``url`` said after it was opened, as one message; None: it is no such.
+
+    The message does not hold the password.
+    """
+    if isinstance(error, StorageError):
+        return error
+    if not isinstance(error, sqlalchemy.exc.SQLAlchemyError | StorageInternalError):
+        return None
+    away = passes(error)
+    said = "does not answer" if away else "refused"
+    then = "; try again when it is back, or see tuner doctor" if away else " (--debug shows where)"
+    text = f"the storage {masked(url)} {said}: {_reason(error, url)}{then}"
+    return StorageError(text, passes=away)
+
+
+def _reason(error: BaseException, url: str) -> str:
+    """The first line of what a database, its driver or the system said, without the password."""
+    cause = error.__cause__ if isinstance(error, OptunaError) else error
+    said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()
+    reason = said[0] if said else type(error).__name__
+    return reason if is_remote(url) else without_password(reason, parse_url(url))
 
 
 def _prepare_file(url: URL, create: bool) -> None:
@@ -133,7 +163,19 @@ class _Storage(RDBStorage):
         raise TypeError("a storage is not pickled: it holds a password; open it anew")
 
 
-def _rdb_storage(url: URL, writes: bool) -> RDBStorage:
+def _has_tables(url: URL) -> bool:
+    """Whether Optuna's tables are there, of whatever version; it says itself if it is another.
+
+    The version is the last thing that Optuna writes when it makes them.
+    """
+    with make_single_engine(url).connect() as connection:
+        if not sqlalchemy.inspect(connection).has_table(VERSION_TABLE):
+            return False
+        version = sqlalchemy.text(f"SELECT version_num FROM {VERSION_TABLE}")
+        return connection.execute(version).first() is not None
+
+
+def _rdb_storage(url: URL, writes: bool, make: bool) -> RDBStorage:
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     made = arguments(url)
     sqlite = url.get_backend_name() == "sqlite"
@@ -142,7 +184,7 @@ def _rdb_storage(url: URL, writes: bool) -> RDBStorage:
         made["poolclass"] = NullPool
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = _Storage(text, engine_kwargs=made)
+        storage = _Storage(text, engine_kwargs=made, skip_table_creation=not make)
     if sqlite:
         harden_sqlite(storage.engine, "IMMEDIATE" if writes else "DEFERRED")
     return storage

@@ -16,7 +16,7 @@ import torch
 from optuna.trial import TrialState
 
 from tuner.datasets import Data
-from tuner.errors import TunerError
+from tuner.errors import NameTakenError, TunerError
 from tuner.fit import check_data
 from tuner.goals import stop_if_reached
 from tuner.ledger import Ledger, Order, WorkerAliveError
@@ -181,7 +181,7 @@ def enter(
     leave: it is waited for until it shows a sign of life.
 
     Raises:
-        TunerError: The name belongs to a worker that is alive.
+        NameTakenError: The name belongs to a worker that is alive.
     """
     worker_id = name or f"{socket.gethostname()}-{os.getpid()}-{os.urandom(2).hex()}"
     seen: float | None = None
@@ -193,7 +193,7 @@ def enter(
         if is_gone(row):
             return worker_id, ledger.register(worker_id, facts(device), dead=True)
         if seen is not None and row["heartbeat_at"] > seen:
-            raise TunerError(
+            raise NameTakenError(
                 f"a worker {worker_id} is at work on {row['host']} (process {row['pid']}); "
                 "give this one another --id, or stop that one"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "chaos"
-LEASE = 2.0
+LEASE = 3.0
 TRIALS = 10
 EPOCHS = 60
 

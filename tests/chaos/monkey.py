@@ -16,6 +16,17 @@ import sqlalchemy as sa
 from crew import LEASE, NAME, Crew
 from servers import OwnPostgres
 
+# Workers whose trial was lost so often in a row, without a new epoch, that it may end for it: of
+# five in a row the last two are left to what this machine does by itself.
+FRAGILE = """
+SELECT worker_id FROM tuner_attempts AS held WHERE holds IS NOT NULL AND 3 = (
+  SELECT count(*) FROM (
+    SELECT new_epochs FROM tuner_attempts AS lost
+    WHERE lost.trial_id = held.trial_id AND "end" = 'lost' ORDER BY token DESC LIMIT 3
+  ) AS latest WHERE new_epochs = 0
+)
+"""
+
 
 @dataclass
 class Monkey:
@@ -35,17 +46,19 @@ class Monkey:
             "SIGKILL": lambda: self.hit(signal.SIGKILL),
             "SIGTERM": lambda: self.hit(signal.SIGTERM),
             "SIGSTOP": self.put_to_sleep,
-            "same id": lambda: self.crew.double(self.anybody()),
+            "same id": self.double,
         }
         if self.server is not None:
             self.habits |= {"dropped": self.drop_connections, "restart": self.server.restart}
         if self.disk is not None:
             self.habits["full disk"] = self.fill_disk
 
-    def anybody(self) -> str:
-        """A worker that is training, if there is one."""
-        at_work = sorted(self.query("SELECT worker_id FROM tuner_attempts WHERE holds IS NOT NULL"))
-        return str(self.random.choice(at_work or self.crew.names))
+    def anybody(self) -> str | None:
+        """A worker that is training, if there is one; none on a trial that may end for it."""
+        spared = set(self.query(FRAGILE))
+        at_work = set(self.query("SELECT worker_id FROM tuner_attempts WHERE holds IS NOT NULL"))
+        found = sorted(at_work - spared) or sorted(set(self.crew.names) - spared)
+        return str(self.random.choice(found)) if found else None
 
     def query(self, text: str, **values: object) -> list[Any]:
         """First column of an answer; nothing when the storage does not answer."""
@@ -57,13 +70,18 @@ class Monkey:
             return []
 
     def hit(self, number: signal.Signals) -> None:
-        self.crew.hit(self.anybody(), number)
+        if (name := self.anybody()) is not None:
+            self.crew.hit(name, number)
+
+    def double(self) -> None:
+        if (name := self.anybody()) is not None:
+            self.crew.double(name)
 
     def put_to_sleep(self) -> None:
         """Stop a worker for longer than its lease; ``wake`` lets it go on."""
-        name = self.anybody()
-        self.crew.hit(name, signal.SIGSTOP)
-        self.asleep[name] = time.monotonic() + LEASE * self.random.uniform(1.3, 2.0)
+        if (name := self.anybody()) is not None:
+            self.crew.hit(name, signal.SIGSTOP)
+            self.asleep[name] = time.monotonic() + LEASE * self.random.uniform(1.3, 2.0)
 
     def wake(self) -> None:
         for name in [n for n, until in self.asleep.items() if until < time.monotonic()]:

@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from crew import NAME, Place
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.engines import FROZEN_SECONDS
+
 FINAL = ("complete", "pruned", "failed")
-OWN_END = 2.0
 
 
 def trials_of(url: str) -> list[FrozenTrial]:
@@ -58,10 +59,17 @@ def _ended_once(trial: FrozenTrial, attempts: list[dict[str, Any]]) -> Iterator[
 
 def _written_with_lease(url: str) -> Iterator[str]:
     attempts = {attempt["token"]: attempt for attempt in rows(url, "tuner_attempts")}
+    claims = defaultdict(list)
+    for attempt in attempts.values():
+        claims[attempt["trial_id"]].append(attempt["claimed_at"])
     for row in rows(url, "tuner_epochs"):
         attempt = attempts[row["token"]]
-        # An attempt that ended by itself wrote its last epoch in the same transaction.
-        latest = (attempt["ended_at"] or 0.0) + (0.0 if attempt["end"] == "lost" else OWN_END)
+        latest = attempt["ended_at"] or 0.0
+        if attempt["end"] != "lost":
+            # It wrote its last epoch in the transaction that ended it, which may have been put to
+            # sleep in the middle, and which nobody can have overtaken.
+            later = [at for at in claims[row["trial_id"]] if at > attempt["claimed_at"]]
+            latest = min([latest + FROZEN_SECONDS, *later])
         if row["trial_id"] != attempt["trial_id"] or row["recorded_at"] > latest:
             yield f"epoch {row['epoch']} of trial id {row['trial_id']} came without a lease"
 

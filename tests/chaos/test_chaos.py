@@ -16,7 +16,7 @@ from servers import binaries, own_postgres
 
 WORKERS = 3
 TROUBLE_SECONDS = 12
-PATIENCE = 90
+PATIENCE = 180
 REQUIRED = os.environ.get("TUNER_REQUIRE_SERVICES") == "1"
 
 
@@ -52,7 +52,7 @@ def disturb(monkey: Monkey, expected: list[FrozenTrial]) -> None:
     assert counts["attempts"] > crew.place.trials, "nothing was disturbed"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_study_on_sqlite_survives_everything(
     undisturbed: list[FrozenTrial], tmp_path: Path, disk: Path | None
 ) -> None:
@@ -63,7 +63,7 @@ def test_study_on_sqlite_survives_everything(
 
 
 @pytest.mark.database
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_study_on_postgresql_survives_everything(
     undisturbed: list[FrozenTrial], tmp_path: Path, disk: Path | None
 ) -> None:

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from tuner import __version__
+from tuner.cli.failures import curable
 from tuner.cli.secrets import hide_password
-from tuner.errors import TunerError
 
 app = typer.Typer(
     help="Find the training recipe that serves the rare classes of imbalanced data.",
@@ -66,7 +66,7 @@ _state = {"debug": False}
 
 
 def main() -> None:
-    """Run the command line; a ``TunerError`` becomes one message and exit code 1."""
+    """Run the command line; what the user can cure becomes one message and exit code 1."""
     hide_password()
     from tuner.cli import (  # noqa: F401  (their commands)
         fleet,
@@ -82,14 +82,15 @@ def main() -> None:
 
     try:
         app()
-    except TunerError as error:
-        if _state["debug"]:
-            raise
-        print(f"tuner: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("tuner: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        known = curable(error)
+        if _state["debug"] or known is None:
+            raise
+        print(f"tuner: {known}", file=sys.stderr)
         sys.exit(1)

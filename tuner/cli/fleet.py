@@ -167,6 +167,7 @@ def reap(
 def _watch(session: Session, seconds: float) -> None:
     from sqlalchemy.exc import SQLAlchemyError
 
+    from tuner.cli.failures import curable
     from tuner.pulse import BEATS_PER_LEASE, Contact
 
     lease = session.ledger.lease_seconds
@@ -176,8 +177,7 @@ def _watch(session: Session, seconds: float) -> None:
         try:
             _reap(session, overdue=contact.is_steady())
         except SQLAlchemyError as error:
-            text = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-            print(f"the storage does not answer; trying again: {text}", flush=True)
+            print(f"trying again: {curable(error)}", flush=True)
         time.sleep(pause)
 
 

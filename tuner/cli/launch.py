@@ -77,7 +77,7 @@ def ray(
     from tuner.launch._ray import Placement
     from tuner.worker import StopRequest
 
-    session = joined(study, storage, artifacts, writes=True)
+    session = joined(study, storage, artifacts, writes=True, lasting=True)
     place = Place.here(session.file.name, storage, data, artifacts)
     crew = Crew(name or f"ray-{os.urandom(2).hex()}", workers, gpus, cpus, device)
     # Ray listens to signals while it starts; it must not be the last to say so.

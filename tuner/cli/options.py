@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from tuner.session import Session
 
+PATIENCE = 30.0
+
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, or its file.")]
 Storage = Annotated[
@@ -47,11 +49,13 @@ def joined(
     *,
     writes: bool = False,
     check: bool | None = None,
+    lasting: bool = False,
 ) -> Session:
     """The session of a study that is given by its name or by its study file.
 
     Who only reads it does not look into its artifacts: they may be out of reach. ``check`` says
-    otherwise.
+    otherwise. A storage that goes away is waited for, but not for long unless the command is a
+    ``lasting`` one: somebody looks on.
     """
     from tuner.recipe import read_toml
     from tuner.session import join
@@ -60,7 +64,10 @@ def joined(
 
     name = str(read_toml(Path(study)).get("name")) if study.endswith(".toml") else study
     store = open_store(artifacts, check=writes if check is None else check)
-    return join(name, storage_url(storage), store, writes=writes)
+    session = join(name, storage_url(storage), store, writes=writes)
+    if not lasting:
+        session.ledger.patience = PATIENCE
+    return session
 
 
 def chosen_device(device: str | None) -> str:

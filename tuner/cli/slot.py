@@ -13,6 +13,7 @@ import typer
 
 from tuner.cli import _state, app, say
 from tuner.cli.options import DataFolder, StudyName, chosen_device, joined
+from tuner.errors import NameTakenError, StorageError, TunerError
 
 Grace = Annotated[
     float,
@@ -39,19 +40,29 @@ def slot(
 
     Where the study is comes from the environment. It leaves when its standard input ends.
     """
-    from tuner.errors import StorageError, TunerError
-    from tuner.stores import StoreError
-    from tuner.supervisor import TEMPORARY
+    from tuner.cli.failures import curable
 
     logging.getLogger("tuner").setLevel(level)
     try:
         _be_a_slot(study, name, device, threads, grace, data)
-    except TunerError as error:
+    except Exception as error:
+        known = curable(error)
+        if known is None:
+            raise
         if _state["debug"]:
             traceback.print_exc()
-        say(f"tuner: {error}")
-        passes = isinstance(error, StorageError | StoreError)
-        raise typer.Exit(TEMPORARY if passes else 1) from None
+        say(f"tuner: {known}")
+        raise typer.Exit(_exit_code(known)) from None
+
+
+def _exit_code(error: TunerError) -> int:
+    """What the supervisor is told: start again later, leave the name to another, or give up."""
+    from tuner.stores import StoreError
+    from tuner.supervisor import TAKEN, TEMPORARY
+
+    if isinstance(error, StorageError | StoreError):
+        return TEMPORARY
+    return TAKEN if isinstance(error, NameTakenError) else 1
 
 
 def _be_a_slot(
@@ -63,7 +74,7 @@ def _be_a_slot(
     with StopRequest(quiet=True).installed() as stop:
         _leave_with_input(stop, grace)
         chosen_device(device)
-        session = joined(study, None, None, writes=True)
+        session = joined(study, None, None, writes=True, lasting=True)
         loaded = session.file.data.build(data)
         lines = SlotLines(session)
         work(

@@ -72,7 +72,7 @@ def worker(
     from tuner.worker import StopRequest
 
     with StopRequest().installed() as stop:
-        session = joined(study, storage, artifacts, writes=True)
+        session = joined(study, storage, artifacts, writes=True, lasting=True)
         environment = _environment(storage, data, artifacts, grace)
         plans = _plans(session, device, gpus, slots, slots_per_gpu, threads, environment)
         name = name or _new_name()

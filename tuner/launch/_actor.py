@@ -11,10 +11,12 @@ from pathlib import Path
 
 from tuner.errors import StorageError, TunerError
 from tuner.launch._place import Place
+from tuner.storage import failure, storage_url
 from tuner.stores import StoreError
 from tuner.worker import StopRequest
 
-FIRST_PAUSE, TRIES = 1.0, 5
+FIRST_PAUSE, LONGEST_PAUSE, TRIES = 1.0, 30.0, 5
+TICK = 0.2
 EARLY_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
@@ -70,18 +72,30 @@ class Worker:
         return self.told or self.signalled()
 
     def _work_patiently(self, place: Place, device: str | None, cores: int) -> None:
-        """Work; a storage that cannot be opened is tried again a few times."""
-        for turn in range(TRIES):
+        """Work; wait for a storage that is away as long as it takes, for others a few tries."""
+        refused, pause = 0, FIRST_PAUSE
+        while not self._stops():
             try:
                 return self._work(place, device, cores)
-            except (StorageError, StoreError):
-                if turn == TRIES - 1 or self._stops():
+            except Exception as error:
+                known = _trouble(error)
+                if known is None:
                     raise
-            time.sleep(FIRST_PAUSE * 2**turn * random.uniform(0.5, 1.5))
+            refused += not (isinstance(known, StorageError) and known.passes)
+            if refused == TRIES:
+                raise known
+            log.warning("trying again in %.0f s: %s", pause, known)
+            self._rest(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _rest(self, seconds: float) -> None:
+        """Wait; less when told to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stops():
+            time.sleep(TICK)
 
     def _work(self, place: Place, device: str | None, cores: int) -> None:
         from tuner.session import join
-        from tuner.storage import storage_url
         from tuner.stores import open_store
         from tuner.worker import work
 
@@ -98,6 +112,11 @@ class Worker:
             threads=1 if where.startswith("cuda") else cores,
             stop=self._stops,
         )
+
+
+def _trouble(error: Exception) -> TunerError | None:
+    """What the storage or the store of artifacts said; None when it was another."""
+    return error if isinstance(error, StoreError) else failure(error, storage_url(None))
 
 
 def _found_device() -> str:

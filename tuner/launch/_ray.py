@@ -152,12 +152,16 @@ class Placement:
         while self.running and time.monotonic() < start + grace:
             heard = self.ray.wait(list(orders), num_returns=len(orders), timeout=0)[0]
             there = {orders[ref] for ref in heard} & set(self.running.values())
-            if not there and time.monotonic() > start + SETTLING_SECONDS:
+            if not (there or self._is_training()) and time.monotonic() > start + SETTLING_SECONDS:
                 return
             self._collect(self.ray.wait(list(self.running), timeout=TICK)[0])
             self._pass_on()
         for name in self.running.values():
             log.warning("worker %s did not stop within %g s; its trial is put back", name, grace)
+
+    def _is_training(self) -> bool:
+        """Whether one of them has a trial: on a busy machine it may take its time to hear."""
+        return self.view.sight is not None and bool(self.view.sight.mine)
 
     def _pass_on(self) -> None:
         """Hand over what is new of the study."""

@@ -14,7 +14,7 @@ from tuner.ledger._clock import read_now
 from tuner.ledger._fenced import FencedStorage
 from tuner.ledger._ledger import Ledger
 from tuner.ledger._reads import LEASE_SECONDS
-from tuner.ledger._schema import newest, prepare, version
+from tuner.ledger._schema import newest, prepare, prepared, version
 from tuner.ledger._tables import clocks
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "clocks",
     "newest",
     "prepare",
+    "prepared",
     "read_now",
     "version",
 ]

@@ -44,12 +44,15 @@ def read_now(connection: Connection) -> float:
     return float(connection.execute(sa.select(now(connection))).scalar_one())
 
 
+def has_zero(connection: Connection) -> bool:
+    """Whether it is known when this machine started; servers need not know."""
+    known = sa.select(clocks.c.zero).where(clocks.c.boot_id == boot_id())
+    return connection.dialect.name != "sqlite" or connection.execute(known).first() is not None
+
+
 def set_zero(connection: Connection) -> None:
     """Note, once per start of the machine, when it started: SQLite's clock counts from there."""
-    if connection.dialect.name != "sqlite":
-        return
-    known = sa.select(clocks.c.zero).where(clocks.c.boot_id == boot_id())
-    if connection.execute(known).first() is None:
+    if not has_zero(connection):
         # A clock that was set back while the machine was off must not make leases last.
         last = connection.execute(sa.select(sa.func.max(workers.c.heartbeat_at))).scalar()
         zero = max(time.time(), last or 0.0) - uptime()

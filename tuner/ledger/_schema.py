@@ -8,9 +8,9 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from tuner.engines import insist
+from tuner.engines import insist, reading
 from tuner.errors import StorageError
-from tuner.ledger._clock import set_zero
+from tuner.ledger._clock import has_zero, set_zero
 
 VERSION_TABLE = "tuner_version"
 PATIENCE_SECONDS = 60.0
@@ -35,6 +35,16 @@ def version(connection: Connection) -> str | None:
         sa.text(f"SELECT version_num FROM {VERSION_TABLE}")
     ).scalar()
     return name
+
+
+def prepared(engine: Engine) -> bool:
+    """Whether there is nothing to ``prepare``; nothing is written."""
+    return insist(lambda: _prepared(engine), patience=PATIENCE_SECONDS)
+
+
+def _prepared(engine: Engine) -> bool:
+    with engine.connect().execution_options(**reading(engine)) as connection:
+        return version(connection) == newest() and has_zero(connection)
 
 
 def prepare(engine: Engine) -> None:

@@ -67,7 +67,11 @@ class RemoteLedger(Ledger):
             }
         )
         seconds = QUICK_SECONDS if patience < QUICK_SECONDS else None
-        return insist(lambda: self._once(content, seconds), patience=patience, what="proxy")
+        return insist(
+            lambda: self._once(content, seconds),
+            patience=min(patience, self.patience),
+            what="proxy",
+        )
 
     def _once(self, content: bytes, seconds: float | None) -> Any:
         import grpc

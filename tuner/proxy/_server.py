@@ -14,7 +14,7 @@ import grpc
 
 from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, TunerError
-from tuner.ledger import prepare
+from tuner.ledger import prepare, prepared
 from tuner.proxy._service import LedgerService
 from tuner.remote import PORT, TOKEN, is_loopback, is_remote, shown, token
 from tuner.remote._channel import TOKEN_KEY
@@ -86,8 +86,10 @@ def listen(
     secret = token()
     _refuse_open_door(host, allow_remote, secret)
     storage, engine = open_storage(url, create=False), make_engine(url, connections)
-    with opening(url), exclusive(url):
-        prepare(engine)
+    with opening(url):
+        if not prepared(engine):
+            with exclusive(url):
+                prepare(engine)
     server = grpc.server(
         ThreadPoolExecutor(connections, thread_name_prefix="call"),
         handlers=[LedgerService(engine)],

@@ -111,5 +111,6 @@ def wait_until_ready(url: str, seconds: float = OPEN_SECONDS) -> None:
         except grpc.FutureTimeoutError:
             raise StorageError(
                 f"no proxy answers at {where}; start it there with tuner proxy, or name another "
-                "storage with --storage or TUNER_STORAGE"
+                "storage with --storage or TUNER_STORAGE",
+                passes=True,
             ) from None

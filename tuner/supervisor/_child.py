@@ -19,6 +19,8 @@ MARK = "tuner: "
 """How the message begins that a process ends with when the user can cure what is wrong."""
 TEMPORARY = os.EX_TEMPFAIL
 """Exit code of a slot that could not begin, for a reason that may pass."""
+TAKEN = os.EX_CANTCREAT
+"""Exit code of a slot whose name another worker has, which is alive."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 REST = 1.0
 
@@ -47,7 +49,7 @@ class Child:
         self.message = ""
         self.crashes = 0
         self.ended_before = 0
-        self.given_up = False
+        self.given_up = self.refused = False
         self.ended_at = self.not_before = float("-inf")
 
     @property

@@ -11,14 +11,14 @@ from queue import SimpleQueue
 from tuner.errors import TunerError
 from tuner.session import Session
 from tuner.slots import SlotPlan
-from tuner.supervisor._child import MARK, Child, Say, words
+from tuner.supervisor._child import MARK, TAKEN, Child, Say, words
 from tuner.supervisor._watch import Sight, Watch
 from tuner.worker import raise_if_broken
 
 TICK = 0.1
 MAX_CRASHES = 5
 HURRY_SECONDS = 5.0
-SETTLING_SECONDS = 2.0
+SETTLING_SECONDS = 5.0
 INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
@@ -132,11 +132,24 @@ class Supervisor:
             self.error = KeyboardInterrupt()
         elif code == 1 and child.message:
             self._blame(child)
+        elif code == TAKEN and child.message:
+            self._refuse(child)
         elif code != 0:
             pause = child.crashed()
             self.watch.counts_ended = True
             reason = f" ({child.message.removeprefix(MARK).strip()})" if child.message else ""
             self._warn(child, f"{words(code)}{reason}; it starts again in {pause:.1f} s")
+
+    def _refuse(self, child: Child) -> None:
+        """Leave a slot to another worker of its name; the last one's message is the error.
+
+        Two workers that were started under one name share the slots so; neither ends the other.
+        """
+        child.given_up = child.refused = True
+        if not all(other.given_up for other in self.children):
+            self._warn(child, f"stays empty: {child.message.removeprefix(MARK).strip()}")
+        elif all(other.refused for other in self.children):
+            self._blame(child)
 
     def _blame(self, child: Child) -> None:
         """Keep a slot's message as the error; further ones are shown if they say other things."""
