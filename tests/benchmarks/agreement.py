@@ -86,7 +86,7 @@ def recipes(given: argparse.Namespace, seed: int) -> list[Recipe]:
 def scores(logits: torch.Tensor, tau: float, data: Data) -> Scores:
     """Scores of test logits as they are, and adjusted with a τ found on validation."""
     assert data.test is not None
-    found = {}
+    found: Scores = {}
     for kind, of in (
         ("raw", logits),
         ("adjusted", adjusted_logits(logits, data.class_counts, tau)),
