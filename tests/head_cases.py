@@ -14,7 +14,7 @@ from tuner.augment import Augmenter
 from tuner.datasets import Data
 from tuner.heads import Features, HeadTraining, cached_features
 from tuner.heads._plans import MIXTURE, Plan, own_planner, sampler_of, shared_planner
-from tuner.losses import LOSSES, Loss
+from tuner.losses import LOSSES, EqualizationLoss, Loss
 from tuner.models import Classifier, CosineHead
 from tuner.recipe import Recipe
 
@@ -176,8 +176,8 @@ class Loop:
         own = sampler_of(self.recipe).probabilities(counts, progress, groups)
         ratio = MIXTURE.ratio(own, counts).to(outputs)
         losses = self.loss.per_sample(outputs, targets)
-        if hasattr(self.loss, "steps"):
-            self.loss.steps += 1
+        if isinstance(self.loss, EqualizationLoss):
+            self.loss.steps.add_(1)
         return (losses * ratio[targets]).mean()
 
 

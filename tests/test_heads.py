@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tuner.losses import LOSSES, Loss, LossComponent
 from tuner.recipe import Recipe
 from tuner.registry import component
 
+Batches = Literal["shared", "own"]
+BATCHES: tuple[Batches, ...] = ("shared", "own")
 OWN = replace(SETTINGS, batches="own")
 DIVERGING = {"name": "logit_adjusted", "tau": 1e39}
 MIXED = [
@@ -43,8 +46,8 @@ def features(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> Features
 @pytest.fixture(scope="module")
 def odd(features: Features) -> Features:
     """Features whose number fills no vector of a processor."""
-    few = {"train": features.train[..., 10:47], "validation": features.validation[:, 10:47]}
-    return replace(features, **few)
+    train, validation = features.train[..., 10:47], features.validation[:, 10:47]
+    return replace(features, train=train, validation=validation)
 
 
 def trained(
@@ -141,7 +144,7 @@ def test_number_of_lanes_order_and_back_filling_change_no_bit(
     assert all(identical(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
-@pytest.mark.parametrize("batches", ["shared", "own"])
+@pytest.mark.parametrize("batches", BATCHES)
 def test_odd_sizes_change_no_bit_either(batches: str, odd: Features, digits: Data) -> None:
     settings = replace(SETTINGS, batch_size=50, batches=batches, epochs=2)
     alone = [trained([recipe], odd, digits, settings)[0] for recipe in MIXED]
@@ -268,7 +271,7 @@ def test_any_registered_loss_trains_through_its_module(
 
 def test_fewer_images_than_a_batch_can_be_trained_on(features: Features, digits: Data) -> None:
     settings = replace(SETTINGS, batch_size=4096)
-    for batches in ("shared", "own"):
+    for batches in BATCHES:
         (result,) = trained([head_recipe()], features, digits, replace(settings, batches=batches))
         assert not result.diverged
 

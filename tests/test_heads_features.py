@@ -49,7 +49,10 @@ def test_features_are_those_of_the_backbone(digits: Data, tmp_path: Path) -> Non
     assert features.train.dtype == torch.float16
     assert features.train.shape == (2, len(digits.train), 64)
     assert torch.equal(features.train_targets, digits.train.targets)
-    for part, found in ((digits.train, features.train[0]), (digits.validation, features.validation)):
+    for part, found in (
+        (digits.train, features.train[0]),
+        (digits.validation, features.validation),
+    ):
         images = torch.cat(list(part.images.batches([torch.arange(len(part))])))
         expected = model.features(plain.normalize(images))
         assert unlike(found.float() * features.scale, expected) < 1e-3
@@ -72,7 +75,12 @@ def test_file_is_mapped_into_memory_and_nothing_else_is_left(digits: Data, tmp_p
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda whole: whole[:-100], lambda whole: whole[:5], lambda whole: b"", lambda whole: b"x" * 99],
+    [
+        lambda whole: whole[:-100],
+        lambda whole: whole[:5],
+        lambda whole: b"",
+        lambda whole: b"x" * 99,
+    ],
     ids=["cut", "cut in the header", "empty", "something else"],
 )
 def test_damaged_file_is_made_again(damage: Any, digits: Data, tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_streamed_images_give_the_features_of_resident_ones(tmp_path: Path) -> N
     photos(tmp_path / "images", {"a": 12, "b": 9})
     root = str(tmp_path / "images")
     chosen = dataset("image_folder", root=root, image_size=8, tail={"bottom": 0.5})
-    both = []
+    both: list[Features] = []
     for limit in (1 << 30, 0):
         data = chosen.build(resident_limit=limit)
         model, augment = pixels(data)
