@@ -11,6 +11,12 @@ from tuner.registry import component
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
+COSINE_PACE = 4.0
+"""A cosine head's rate is so much of the common one, over the square of the loss's scale.
+
+The curvature of the loss grows with that square; at the common rate the class vectors outgrow
+all further steps at once, and need hundreds to recover.
+"""
 
 
 @component
