@@ -14,7 +14,7 @@ from tuner.augment import Augmenter
 from tuner.datasets import Data
 from tuner.heads import Features, HeadTraining, cached_features
 from tuner.heads._plans import MIXTURE, Plan, own_planner, sampler_of, shared_planner
-from tuner.losses import LOSSES, Loss
+from tuner.losses import LOSSES, EqualizationLoss, Loss
 from tuner.models import Classifier, CosineHead
 from tuner.recipe import Recipe
 
@@ -55,7 +55,7 @@ def loss_table(case: str, seed: int) -> dict[str, Any]:
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=draws))
 
-    values = HYPERPARAMETERS.get(case, lambda u: {})(uniform)
+    values = HYPERPARAMETERS[case](uniform) if case in HYPERPARAMETERS else {}
     return {"name": case.partition(" ")[0], **values}
 
 
@@ -152,15 +152,16 @@ class Loop:
     def _epoch(self, plan: Plan, epoch: int) -> float:
         rows = self.features.train.flatten(0, 1)
         noted, total = [], 0.0
+        pace = 4 / self.recipe.loss.output_scale() ** 2 if self.cosine else 1.0
         for step, size in enumerate(plan.sizes.tolist()):
             places, targets = plan.places[step, :size], plan.targets[step, :size]
             for group in self.optimizer.param_groups:
-                group["lr"] = SETTINGS.rate((epoch + step / len(plan)) / SETTINGS.epochs)
+                group["lr"] = pace * SETTINGS.rate((epoch + step / len(plan)) / SETTINGS.epochs)
             outputs = self.head(self.inputs(rows[places]))
             noted.append(nn.functional.cross_entropy(outputs, targets, reduction="none").detach())
             loss = self._loss(outputs, targets, epoch / SETTINGS.epochs)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += loss.item() * size
         images = torch.cat([plan.images[s, :n] for s, n in enumerate(plan.sizes.tolist())])
@@ -176,8 +177,8 @@ class Loop:
         own = sampler_of(self.recipe).probabilities(counts, progress, groups)
         ratio = MIXTURE.ratio(own, counts).to(outputs)
         losses = self.loss.per_sample(outputs, targets)
-        if hasattr(self.loss, "steps"):
-            self.loss.steps += 1
+        if isinstance(self.loss, EqualizationLoss):
+            self.loss.steps.add_(1)
         return (losses * ratio[targets]).mean()
 
 

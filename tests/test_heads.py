@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tuner.losses import LOSSES, Loss, LossComponent
 from tuner.recipe import Recipe
 from tuner.registry import component
 
+Batches = Literal["shared", "own"]
+BATCHES: tuple[Batches, ...] = ("shared", "own")
 OWN = replace(SETTINGS, batches="own")
 DIVERGING = {"name": "logit_adjusted", "tau": 1e39}
 MIXED = [
@@ -43,8 +46,8 @@ def features(digits: Data, tmp_path_factory: pytest.TempPathFactory) -> Features
 @pytest.fixture(scope="module")
 def odd(features: Features) -> Features:
     """Features whose number fills no vector of a processor."""
-    few = {"train": features.train[..., 10:47], "validation": features.validation[:, 10:47]}
-    return replace(features, **few)
+    train, validation = features.train[..., 10:47], features.validation[:, 10:47]
+    return replace(features, train=train, validation=validation)
 
 
 def trained(
@@ -113,8 +116,7 @@ def test_float32_differs_from_float64_by_rounding_only(features: Features, digit
     rounded = trained(MIXED, features, digits)
     exact = trained(MIXED, features, digits, dtype=torch.float64)
     for recipe, a, b in zip(MIXED, rounded, exact, strict=True):
-        # A cosine head is driven hard by its scale, and grows what it is given.
-        assert unlike(a.logits, b.logits) < (0.1 if recipe.loss.head == "cosine" else 1e-4)
+        assert unlike(a.logits, b.logits) < 1e-3, recipe.loss
 
 
 # Nobody depends on the others
@@ -141,8 +143,8 @@ def test_number_of_lanes_order_and_back_filling_change_no_bit(
     assert all(identical(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
-@pytest.mark.parametrize("batches", ["shared", "own"])
-def test_odd_sizes_change_no_bit_either(batches: str, odd: Features, digits: Data) -> None:
+@pytest.mark.parametrize("batches", BATCHES)
+def test_odd_sizes_change_no_bit_either(batches: Batches, odd: Features, digits: Data) -> None:
     settings = replace(SETTINGS, batch_size=50, batches=batches, epochs=2)
     alone = [trained([recipe], odd, digits, settings)[0] for recipe in MIXED]
     company = trained(MIXED[::-1] * 3, odd, digits, settings, lanes=5)
@@ -177,17 +179,18 @@ def test_classifier_gives_the_logits_from_the_features_of_the_backbone(
     assert unlike(30 * similar, cosine.logits) < 1e-4
 
 
-def test_training_learns_and_balancing_helps_the_rarest_classes(
+def test_training_learns_and_adjustment_helps_the_rarest_classes(
     features: Features, digits: Data
 ) -> None:
     targets = digits.validation.targets
     tail = torch.isin(targets, torch.tensor(digits.groups.tail))
     settings = replace(SETTINGS, epochs=10)
-    plain, sampled, adjusted = trained(
+    plain, sampled, adjusted, cosine = trained(
         [
-            head_recipe(),
+            head_recipe({"name": "focal", "gamma": 0.0}),
             head_recipe(sampler="class_aware"),
-            head_recipe({"name": "balanced_softmax"}),
+            head_recipe({"name": "logit_adjusted", "tau": 2.0}),
+            head_recipe({"name": "ldam"}, "class_aware"),
         ],
         features,
         digits,
@@ -197,9 +200,11 @@ def test_training_learns_and_balancing_helps_the_rarest_classes(
     def accuracy(result: HeadResult, among: Tensor) -> float:
         return float((result.logits.argmax(1) == targets)[among].float().mean())
 
-    assert accuracy(plain, tail >= 0) > 0.8
-    assert accuracy(sampled, tail) > accuracy(plain, tail)
-    assert accuracy(adjusted, tail) > accuracy(plain, tail)
+    def tail_share(result: HeadResult) -> float:
+        return float(result.logits.softmax(1)[:, list(digits.groups.tail)].sum())
+
+    assert min(accuracy(each, tail >= 0) for each in (plain, sampled, cosine)) > 0.85
+    assert tail_share(adjusted) > 1.1 * tail_share(plain)
 
 
 def test_seed_and_deferral_act(features: Features, digits: Data) -> None:
@@ -268,7 +273,7 @@ def test_any_registered_loss_trains_through_its_module(
 
 def test_fewer_images_than_a_batch_can_be_trained_on(features: Features, digits: Data) -> None:
     settings = replace(SETTINGS, batch_size=4096)
-    for batches in ("shared", "own"):
+    for batches in BATCHES:
         (result,) = trained([head_recipe()], features, digits, replace(settings, batches=batches))
         assert not result.diverged
 

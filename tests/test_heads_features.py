@@ -193,7 +193,7 @@ def test_streamed_images_give_the_features_of_resident_ones(tmp_path: Path) -> N
     photos(tmp_path / "images", {"a": 12, "b": 9})
     root = str(tmp_path / "images")
     chosen = dataset("image_folder", root=root, image_size=8, tail={"bottom": 0.5})
-    both = []
+    both: list[Features] = []
     for limit in (1 << 30, 0):
         data = chosen.build(resident_limit=limit)
         model, augment = pixels(data)

@@ -126,7 +126,7 @@ def test_options_that_rows_cannot_say_leave_the_loss_to_its_module(loss: Loss) -
 def test_gradient_of_a_lane_is_the_same_whatever_its_neighbours_use() -> None:
     """What no lane uses is left out; that must not change a bit."""
     logits, targets = sample(torch.float32, cosine=False)
-    plain = [CrossEntropyLoss(COUNTS) for _ in range(LANES)]
+    plain: list[Loss] = [CrossEntropyLoss(COUNTS) for _ in range(LANES)]
     mixed: list[Loss] = [plain[0], FocalLoss(COUNTS, gamma=1.5), built("ldam", 0.75)[0]]
     alone, _ = closed_form(plain, logits, targets)
     beside, _ = closed_form(mixed, logits, targets)

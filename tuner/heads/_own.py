@@ -125,7 +125,7 @@ class _Bench:
 
     def _seat(self, lane: int) -> None:
         order = self.lanes[lane].order
-        self.stack.admit(lane, order.recipe.seed, order.head_bias())
+        order.admit(self.stack, lane)
         self.stack.table.set(lane, self.lanes[lane].row())
 
     def train(self, stop: Stop) -> bool:

@@ -55,7 +55,7 @@ class _Wave:
         self.steps = 0
         self.losses = torch.zeros(len(orders), dtype=torch.float64)
         for lane, order in enumerate(orders):
-            self.stack.admit(lane, order.recipe.seed, order.head_bias())
+            order.admit(self.stack, lane)
         self.planner = shared_planner(
             material.data,
             material.targets,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tuner.heads._gradients import Table
-from tuner.heads._settings import MOMENTUM, WEIGHT_DECAY
+from tuner.heads._settings import COSINE_PACE, MOMENTUM, WEIGHT_DECAY
 from tuner.models import CosineHead, Head
 from tuner.seeding import seeded
 
@@ -32,18 +32,20 @@ class Stack:
         self.bias = torch.zeros(lanes, classes, 1, dtype=dtype)
         self.momentum = torch.zeros_like(self.weight)
         self.bias_momentum = torch.zeros_like(self.bias)
+        self.pace = torch.ones(lanes, 1, 1, dtype=dtype)
         self.table = Table(lanes, classes, dtype)
 
     def __len__(self) -> int:
         return len(self.weight)
 
-    def admit(self, lane: int, seed: int, bias: float | None) -> None:
-        """Overwrite a lane with an untrained classifier.
+    def admit(self, lane: int, seed: int, *, bias: float | None, scale: float) -> None:
+        """Overwrite a lane with an untrained classifier, whose outputs the loss will scale.
 
         A linear one starts at zero, as the problem is convex and a random start only noise; a
         cosine one at directions drawn from ``seed``.
         """
         self.weight[lane] = self._start(seed)
+        self.pace[lane] = COSINE_PACE / scale**2 if self.head == "cosine" else 1.0
         self.bias[lane] = bias or 0.0
         self.momentum[lane] = 0.0
         self.bias_momentum[lane] = 0.0
@@ -60,7 +62,7 @@ class Stack:
     def keep(self, lanes: list[int]) -> None:
         """Only the given lanes, in that order."""
         chosen = torch.tensor(lanes, dtype=torch.int64)
-        for name in ("weight", "bias", "momentum", "bias_momentum"):
+        for name in ("weight", "bias", "momentum", "bias_momentum", "pace"):
             setattr(self, name, getattr(self, name).index_select(0, chosen))
         self.table.keep(chosen)
 
@@ -89,7 +91,7 @@ class Stack:
             inward = (change * self.acting).sum(2, keepdim=True)
             change.addcmul_(self.acting, inward, value=-1).div_(self.norm)
         self.momentum.mul_(MOMENTUM).add_(change).add_(self.weight, alpha=WEIGHT_DECAY)
-        self.weight.addcmul_(self.momentum, rate, value=-1)
+        self.weight.addcmul_(self.momentum, rate * self.pace, value=-1)
         if self.head == "linear":
             self._step_bias(gradient, rate)
 

@@ -56,10 +56,11 @@ class Order:
         loss.train()
         return cls(index, recipe, loss)
 
-    def head_bias(self) -> float | None:
-        """Initial bias that the loss asks for."""
-        bias: float | None = self.recipe.loss.head_bias(self.loss.num_classes)
-        return bias
+    def admit(self, stack: Stack, lane: int) -> None:
+        """Overwrite a lane of the stack with this recipe's untrained classifier."""
+        loss = self.recipe.loss
+        bias, scale = loss.head_bias(self.loss.num_classes), loss.output_scale()
+        stack.admit(lane, self.recipe.seed, bias=bias, scale=scale)
 
 
 class Material:
