@@ -82,6 +82,11 @@ def new_figure(title: str, x: str, y: str) -> go.Figure:
     return figure
 
 
+def trials_axis(rung: str | None) -> str:
+    """Name of an axis along which trials stand; of one rung, where a study has several."""
+    return "trial" if rung is None else f"trials of the {rung} rung, in order"
+
+
 def axis_title(metric: str) -> str:
     """Name of an axis that shows a metric."""
     return f"{label(metric)} (%)" if is_share(metric) else label(metric)
