@@ -13,6 +13,7 @@ from tuner.cli.options import Artifacts, DataFolder, Json, Storage, StudyName, S
 
 if TYPE_CHECKING:
     from tuner.session import Session
+    from tuner.study import StudyFile
 
 LISTED = {
     "losses": "loss",
@@ -49,9 +50,10 @@ def check(
         loaded = file.data.build(data)
         lines = describe_data(loaded)
         check_fit(file, loaded)
+    rungs = _rungs(file)
     if as_json:
-        space = dict(rows)
-        print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
+        known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
+        print_json({**known, "rungs": rungs, "data": lines})
         return
     title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
     table = Table(title=escape(title))
@@ -60,8 +62,36 @@ def check(
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+    if file.ladder.rungs != ("full",):
+        _print_rungs(rungs)
     for line in lines:
         print(line)
+
+
+def _rungs(file: StudyFile) -> list[dict[str, Any]]:
+    """The rungs of a study: how many trials each has, what it searches and what it holds fixed."""
+    from tuner.held import held_rows, how_held, searched_rows
+
+    return [
+        {
+            "rung": rung,
+            "trials": file.ladder.trials(rung, file.trials()),
+            "searches": dict(searched_rows(file, rung)),
+            "why_held": how_held(file, rung),
+            "holds": dict(held_rows(file, rung)),
+        }
+        for rung in file.ladder.rungs
+    ]
+
+
+def _print_rungs(rungs: list[dict[str, Any]]) -> None:
+    apart = "" if rungs[-1]["rung"] == "full" else "; before them, plain cross-entropy in full"
+    print(f"the ladder, from the cheapest rung up{apart}:")
+    for row in rungs:
+        print(f"  {row['rung']}: {row['trials']} trials")
+        print(f"    searches {', '.join(row['searches'])}")
+        held = ", ".join(f"{name} = {value}" for name, value in row["holds"].items())
+        print(f"    holds fixed {row['why_held']}{f'; {held}' if held else ''}")
 
 
 @app.command()
@@ -89,14 +119,14 @@ def status(
     for row in rows:
         counts = ", ".join(f"{row[s]} {s}" for s in _STATES if row[s])
         best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
-        ladder = "" if row["ladder"] is None else f"; {row['ladder']}"
         there = row["workers"]
         fleet = "" if not there else f"; {there} worker{'' if there == 1 else 's'}"
         told = "" if row["order"] == "run" else f"; {row['order_said']}"
         print(
-            f"{row['study']}: {counts or 'no trials'} of {row['budget']}; "
-            f"best {best}{ladder}{fleet}{told}"
+            f"{row['study']}: {counts or 'no trials'} of {row['budget']}; best {best}{fleet}{told}"
         )
+        for line in row["ladder"]:
+            print(f"  {line}")
 
 
 _STATES = ("complete", "pruned", "fail", "running", "waiting")
@@ -134,8 +164,10 @@ def best(
     """The best trial's recipe, as TOML."""
     import tomli_w
 
+    from tuner.card import HEAD_ONLY
     from tuner.cli.trials import attempts_by_trial, trial_row
     from tuner.export import find_trial
+    from tuner.ladder import rung_of
 
     session = joined(study, storage, artifacts)
     trial = find_trial(session, None)
@@ -145,6 +177,8 @@ def best(
         return
     metric = session.file.objective.metric
     print(f"# study {session.file.name}, trial {trial.number}: {metric} {trial.value:.4f}")
+    if rung_of(trial) == "head":
+        print(f"# {HEAD_ONLY}")
     print(tomli_w.dumps(trial.user_attrs["recipe"]), end="")
 
 

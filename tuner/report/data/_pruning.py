@@ -35,7 +35,8 @@ JUDGED = ("behind", "chance")
 class Training:
     """How far a trial was trained, in epochs, of how many planned.
 
-    ``place`` is its place among the trials of the last rung. Of a trial that branched from another's stage one, neither counts the epochs of that.
+    ``place`` is its place among the trials of the last rung. Of a trial that branched from
+    another's stage one, neither counts the epochs of that.
     """
 
     number: int
