@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ def check(
         table.add_row(*map(escape, row))
     Console().print(table)
     if file.ladder.rungs != ("full",):
-        _print_rungs(rungs)
+        _print_rungs(rungs, len(rows))
     for line in lines:
         print(line)
 
@@ -84,14 +85,15 @@ def _rungs(file: StudyFile) -> list[dict[str, Any]]:
     ]
 
 
-def _print_rungs(rungs: list[dict[str, Any]]) -> None:
+def _print_rungs(rungs: list[dict[str, Any]], count: int) -> None:
     apart = "" if rungs[-1]["rung"] == "full" else "; before them, plain cross-entropy in full"
     print(f"the ladder, from the cheapest rung up{apart}:")
     for row in rungs:
         print(f"  {row['rung']}: {row['trials']} trials")
-        print(f"    searches {', '.join(row['searches'])}")
-        held = ", ".join(f"{name} = {value}" for name, value in row["holds"].items())
-        print(f"    holds fixed {row['why_held']}{f'; {held}' if held else ''}")
+        print(f"    searches {len(row['searches'])} of {count} hyperparameters")
+        print(f"    holds fixed {row['why_held']}")
+        for name, value in row["holds"].items():
+            print(f"      {name} = {value}")
 
 
 @app.command()
@@ -117,7 +119,7 @@ def status(
         print_json(rows if study is None else rows[0])
         return
     for row in rows:
-        counts = ", ".join(f"{row[s]} {s}" for s in _STATES if row[s])
+        counts = ", ".join(_counted(row))
         best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
         there = row["workers"]
         fleet = "" if not there else f"; {there} worker{'' if there == 1 else 's'}"
@@ -132,8 +134,20 @@ def status(
 _STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 
+def _counted(row: dict[str, Any]) -> Iterator[str]:
+    """Trials by state; those of lower rungs, which end as pruned for Optuna, apart."""
+    for state in _STATES:
+        number = row[state] - (row["below"] if state == "pruned" else 0)
+        if number:
+            yield f"{number} {state}"
+    if row["below"]:
+        yield f"{row['below']} trained at lower rungs"
+
+
 def _status(session: Session) -> dict[str, Any]:
+    """A study as programs read it; ``pruned`` has those ``below`` the last rung in it."""
     from tuner.cli.fleet import described, present
+    from tuner.ladder import is_judged
     from tuner.ledger import Order
     from tuner.tickets import ladder_state
     from tuner.worker import progress
@@ -143,6 +157,7 @@ def _status(session: Session) -> dict[str, Any]:
     return {
         "study": session.file.name,
         **progress(session),
+        "below": sum(t.state.name == "PRUNED" and is_judged(t) for t in session.trials()),
         "metric": session.file.objective.metric,
         "ladder": ladder_state(session),
         "best": None if best is None else best.number,
