@@ -40,7 +40,9 @@ def _row(row: RungRow) -> list[object]:
     if short:
         trials += f" ({short:,} not to the end)"
     promoted = "–" if row.promoted is None else f"{row.promoted:,}"
-    return [row.rung, trials, promoted, _time(row.seconds), _time(row.per_trial), row.why_held]
+    times = (_time(row.seconds), _time(row.per_trial))
+    name = element("span", row.rung, class_="number")
+    return [name, trials, promoted, *times, row.why_held]
 
 
 def _time(seconds: float | None) -> str:

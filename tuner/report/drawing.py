@@ -97,6 +97,12 @@ def scaled(metric: str, value: float | None) -> float | None:
     return 100 * value if value is not None and is_share(metric) else value
 
 
+def look(position: int) -> tuple[str, str]:
+    """Colour and symbol of the losses in turn; the pairs come again after 36 of them."""
+    turn, place = divmod(position, len(COLOURS))
+    return COLOURS[place], SYMBOLS[(place + turn) % len(SYMBOLS)]
+
+
 def add_states(figure: go.Figure, points: Iterable[Point], x: Any, y: Any) -> None:
     """One trace per kind of trial; those without a value are not drawn."""
     kinds: dict[str, list[Point]] = {}

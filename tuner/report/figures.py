@@ -20,20 +20,19 @@ from tuner.report.data import (
 )
 from tuner.report.drawing import (
     BLUE,
-    COLOURS,
     GREY,
     MARKS,
     PALE,
-    SYMBOLS,
     add_baseline,
     add_points,
     add_states,
     axis_title,
+    look,
     new_figure,
     scaled,
     trials_axis,
 )
-from tuner.report.words import amount, capital, count, in_figure, label
+from tuner.report.words import amount, capital, count, in_figure, is_share, label
 
 ERROR_BARS_UP_TO = 60
 
@@ -175,7 +174,7 @@ def head_tail_figure(data: HeadTailData) -> go.Figure:
 
 def _add_tradeoffs(figure: go.Figure, loss: str, position: int, points: Sequence[Tradeoff]) -> None:
     points = sorted(points, key=lambda p: not p.feasible)
-    colour, symbol = COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)]
+    colour, symbol = look(position)
     texts = [
         f"trial {p.number}<br>{in_figure(p.summary)}<br>head {100 * p.head:.1f} %, "
         f"tail {100 * p.tail:.1f} %{'' if p.feasible else '<br>breaks the floor'}"
@@ -241,14 +240,15 @@ def agreement_figure(data: Comparison, metric: str) -> go.Figure:
     """The recipes trained on two rungs: the objective at one against that at the other."""
     figure = new_figure(
         _agreement_title(data),
-        f"{axis_title(metric)}, {data.lower} rung",
-        f"{axis_title(metric)}, {data.upper} rung",
+        f"{data.lower} rung: {axis_title(metric)}",
+        f"{data.upper} rung{' (%)' if is_share(metric) else ''}",
     )
+    figure.update_layout(height=460)
     for position, loss in enumerate(dict.fromkeys(twin.loss for twin in data.twins)):
         own = [twin for twin in data.twins if twin.loss == loss]
         xs, ys = ([scaled(metric, v) for v in values] for values in _objectives(own))
         texts = [_twin_text(data, metric, twin) for twin in own]
-        colour, symbol = COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)]
+        colour, symbol = look(position)
         add_points(figure, in_figure(loss), xs, ys, texts, colour, symbol)
     return figure
 
