@@ -122,8 +122,9 @@ def _history_title(data: HistoryData) -> str:
 def loss_figure(data: LossData) -> go.Figure:
     """The objective of every trial, one line per loss, the best loss on top."""
     best = data.rows[0] if data.rows and data.rows[0].best is not None else None
+    where = "" if data.rung is None else f" of the {data.rung} rung"
     title = (
-        f"{in_figure(best.loss)} has the best trial, {amount(data.metric, best.best)}"
+        f"{in_figure(best.loss)} has the best trial{where}, {amount(data.metric, best.best)}"
         if best
         else "No loss has a complete trial yet"
     )

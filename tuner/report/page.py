@@ -163,6 +163,9 @@ def _figures(session: Session) -> Iterator[Html]:
     if not history.points:
         yield element("p", "No trial has been started yet.", class_="soft")
         return
+    if history.rung not in (None, "full"):
+        note = "is plain cross-entropy, trained in full; all others below are of the"
+        yield element("p", f"Trial 0 {note} {history.rung} rung.", class_="soft")
     hint = "Points that break the floor do not count, however high they are."
     yield plot("history", figures.history_figure(history), hint)
     hint = "Each trial's value on validation; the bar is the median of the complete ones."

@@ -94,9 +94,9 @@ def places(session: Session) -> Callable[[int], int]:
 
 
 def rung_shown(session: Session) -> str | None:
-    """The rung whose trials figures show; None in a study that has only one."""
+    """The rung whose trials figures show; None where all trials are trained in full."""
     ladder = session.file.ladder
-    return ladder.last if len(ladder.rungs) > 1 else None
+    return None if ladder.rungs == ("full",) else ladder.last
 
 
 def state_of(trial: FrozenTrial) -> State:

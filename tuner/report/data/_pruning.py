@@ -69,7 +69,7 @@ class PruningData:
 
     ``seconds_saved`` takes each pruned trial's own time per epoch; None when none is known.
     ``duplicate_epochs`` were not trained because the same recipe's result was known. ``rung``
-    is the last one of a study that has several: only its trials are here.
+    is the last one of a study with a ladder: only its trials are here.
     """
 
     trials: tuple[Training, ...]

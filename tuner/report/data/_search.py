@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
+from tuner.ladder import rung_of
 from tuner.metrics import METRICS
 from tuner.report.data._moment import (
     State,
@@ -52,7 +53,7 @@ class HistoryData:
     """The objective of every trial, and the best one kept so far after each of them.
 
     ``baseline`` is plain cross-entropy without adjustment. ``rung`` is the last one of a study
-    that has several: only its trials are here.
+    with a ladder: only its trials, and the baseline, are here.
     """
 
     metric: str
@@ -78,11 +79,16 @@ class LossRow:
 
 @dataclass(frozen=True)
 class LossData:
-    """The objective per loss, the loss with the best trial first; duplicates count once."""
+    """The objective per loss, the loss with the best trial first; duplicates count once.
+
+    ``rung`` is the last one of a study with a ladder. A baseline that was trained at another
+    is in no row.
+    """
 
     metric: str
     rows: tuple[LossRow, ...]
     baseline: float | None
+    rung: str | None
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,14 @@ def loss_data(session: Session) -> LossData:
     metric, place = session.file.objective.metric, places(session)
     grouped: dict[str, list[Point]] = {}
     for trial in searched(session):
-        if state_of(trial) != "duplicate":
+        is_of_rung = rung_of(trial) == session.file.ladder.last
+        if is_of_rung and state_of(trial) != "duplicate":
             point = _point(session, trial, place(trial.number))
             grouped.setdefault(loss_of(trial), []).append(point)
     rows = [_loss_row(metric, loss, points) for loss, points in grouped.items()]
     sign = -1 if METRICS[metric] == "maximize" else 1
     rows.sort(key=lambda row: (row.best is None, sign * (row.best or 0.0)))
-    return LossData(metric, tuple(rows), baseline_value(session))
+    return LossData(metric, tuple(rows), baseline_value(session), rung_shown(session))
 
 
 def head_tail_data(session: Session) -> HeadTailData:
