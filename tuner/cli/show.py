@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
-from tuner.ladder import rung_of
+from tuner.ladder import RUNGS, rung_of
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.trainer import EpochResult
@@ -127,8 +127,13 @@ class Display:
 
 
 def describe(outcome: Outcome) -> str:
-    """How a trial ended, in a few words."""
+    """How a trial ended, in a few words.
+
+    At the end of a rung below the last one it is pruned for Optuna, but done for people.
+    """
     value = "" if outcome.value is None else f" {outcome.value:.4f}"
+    if outcome.reason in RUNGS:
+        return f"done{value} ({outcome.reason} rung)"
     reason = "" if outcome.reason is None else f" ({outcome.reason.replace('_', ' ')})"
     return f"{outcome.state}{value}{reason}"
 
