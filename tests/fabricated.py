@@ -130,9 +130,9 @@ def add_trial(
 
 def add_head(session: Session, value: float, **attrs: Any) -> int:
     """Add a trial that was trained to the end of the head rung, below another; its number."""
-    facts = {"metrics": metrics(value, 0.9, 0.8), "tau": 0.7, "seconds": 0.5}
-    told = {"fidelity": "head", "reason": "head"}
-    return add_trial(session, value, state="pruned", **{**facts, **told, **attrs})
+    facts: dict[str, Any] = {"metrics": metrics(value, 0.9, 0.8), "tau": 0.7, "seconds": 0.5}
+    facts |= {"fidelity": "head", "reason": "head"}
+    return add_trial(session, value, state="pruned", **facts | attrs)
 
 
 LADDER = """[ladder]
@@ -160,11 +160,11 @@ def ladder_session(
     for position in range(heads):
         preset = {"preset": LOSSES[position]} if position < len(LOSSES) else {}
         add_head(session, 0.4 + 0.05 * (position % 8), loss=LOSSES[position % 4], **preset)
-    tickets = [{"preset": loss} for loss in LOSSES[1:]]
+    tickets: list[dict[str, Any]] = [{"preset": loss} for loss in LOSSES[1:]]
     tickets += [{"promoted_from": number} for number in (8, 7, 6)]
     for place, ticket in enumerate(tickets):
         value = 0.4 + 0.05 * (place + 1 if place < 3 else 10 - place)
-        attrs = {**ticket, "compares": True, "seconds": 10.0}
+        attrs: dict[str, Any] = {**ticket, "compares": True, "seconds": 10.0}
         add_trial(session, value if agree else 1 - value, loss=LOSSES[(place + 1) % 4], **attrs)
     add_trial(session, 0.5, state="pruned", reason="behind", seconds=5.0)
     add_trial(session, 0.55, promoted_from=8, unseen=True, seconds=10.0)

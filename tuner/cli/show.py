@@ -166,4 +166,4 @@ def percent(value: float | None, interval: Any = None) -> str:
 def wide_console() -> Console:
     """A console for wide tables: what is no terminal does not cut them to 80 columns."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 140))
+    return console if console.is_terminal else Console(width=max(console.width, 160))

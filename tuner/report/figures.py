@@ -245,7 +245,7 @@ def agreement_figure(data: Comparison, metric: str) -> go.Figure:
         f"{data.upper} rung{' (%)' if is_share(metric) else ''}",
     )
     figure.update_layout(height=460)
-    for position, loss in enumerate(dict.fromkeys(twin.loss for twin in data.twins)):
+    for position, loss in enumerate(sorted({twin.loss for twin in data.twins})):
         own = [twin for twin in data.twins if twin.loss == loss]
         xs, ys = ([scaled(metric, v) for v in values] for values in _objectives(own))
         texts = [_twin_text(data, metric, twin) for twin in own]
