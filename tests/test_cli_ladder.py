@@ -15,6 +15,7 @@ from test_cli import STUDY, Tuner
 from tuner.cli import trials
 from tuner.cli.machine import SlotLines
 from tuner.cli.show import Display, describe_cohort
+from tuner.ladder import RUNGS
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session, join
 from tuner.stores import FolderStore
@@ -123,6 +124,10 @@ def test_trials_show_rung_and_origin_and_can_be_filtered(tuner: Tuner) -> None:
     full = rows(tuner, "--rung", "full")
     assert [row["trial"] for row in full] == [0, *range(HEADS + 1, HEADS + 4)]
     assert any(row["promoted_from"] in range(1, HEADS + 1) for row in full)
+
+
+def test_every_rung_can_be_asked_for() -> None:
+    assert tuple(rung.value for rung in trials.RungName) == RUNGS
 
 
 def test_trials_of_the_head_rung_have_values_though_pruned_for_optuna(tuner: Tuner) -> None:

@@ -54,6 +54,8 @@ def test_other_python_examples_run() -> None:
 def test_ladder_of_the_readme_names_every_key_with_its_default() -> None:
     shown = tomllib.loads(next(block for block in blocks("toml") if "[ladder]" in block))["ladder"]
     assert tuple(shown.pop("rungs")) == RUNGS
+    assert default_of(Ladder, "rungs") == ["full"]
+    assert 'their defaults but for `rungs`, which is `["full"]`' in " ".join(README.split())
     tables: dict[type[Any], Any] = {
         HeadRung: shown.pop("head"),
         DeferredRung: shown.pop("deferred"),

@@ -25,8 +25,8 @@ def how_held(file: StudyFile, rung: Rung) -> str:
     if rung == "full":
         return "nothing"
     if rung == "deferred":
-        switch = file.ladder.deferred.switch
-        return f"everything but loss and sampler, which act from {switch:.0%} of the training on"
+        switch = f"{100 * file.ladder.deferred.switch:g} %"
+        return f"everything but loss and sampler, which act from {switch} of the training on"
     backbones = {
         "baseline": "the network of plain cross-entropy",
         "initial": "the model as it is built, with the weights_file it is given",

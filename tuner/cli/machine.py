@@ -94,7 +94,9 @@ class Bars:
         self.progress.update(self.trials, completed=ended, note=best)
         done = [0 if row["epoch"] is None else row["epoch"] + 1 for row in sight.mine]
         speed = sum(row["speed"] or 0.0 for row in sight.mine)
-        note = f"{len(done)} training here, {speed:.0f} samples/s" if done else _idle(sight)
+        # A slot at the head rung trains no epochs and tells no speed.
+        fast = f", {speed:.0f} samples/s" if speed else ""
+        note = f"{len(done)} training here{fast}" if done else _idle(sight)
         total = len(done) * self.session.file.budget.epochs
         self.progress.update(self.epochs, completed=sum(done), total=total or None, note=note)
 

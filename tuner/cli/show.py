@@ -114,6 +114,7 @@ class Display:
         """Show how trials ended that were trained together."""
         self.ended += sum(outcome.state not in LEFT for outcome in outcomes)
         self._show_best()
+        self.bars.update(self.epochs, completed=0, note="head rung: no epochs")
         line = describe_cohort(self.session, outcomes, seconds)
         if self.terminal:
             self.bars.console.print(line, markup=False, highlight=False)
