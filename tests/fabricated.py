@@ -28,6 +28,7 @@ floor = {{ metric = "accuracy", drop = 0.02 }}
 [budget]
 trials = {trials}
 epochs = 10
+{ladder}
 [model]
 name = "mlp"
 [space.optimizer.sgd]
@@ -61,10 +62,11 @@ def empty_session(
     name: str = "fabricated",
     metric: str = "tail_accuracy",
     trials: int = 40,
+    ladder: str = "",
     **facts: Any,
 ) -> Session:
-    """A session whose study holds its facts and no trial."""
-    text = TEXT.format(name=name, metric=metric, trials=trials)
+    """A session whose study holds its facts and no trial; ``ladder`` is that table as TOML."""
+    text = TEXT.format(name=name, metric=metric, trials=trials, ladder=ladder)
     file = study_file.parse(tomllib.loads(text), text, where="test")
     study = optuna.create_study(
         study_name=name,
@@ -124,6 +126,49 @@ def add_trial(
         result = values[-1] if state == "complete" else None
         session.study.tell(trial, result, state=STATES[state])
     return trial.number
+
+
+def add_head(session: Session, value: float, **attrs: Any) -> int:
+    """Add a trial that was trained to the end of the head rung, below another; its number."""
+    facts: dict[str, Any] = {"metrics": metrics(value, 0.9, 0.8), "tau": 0.7, "seconds": 0.5}
+    facts |= {"fidelity": "head", "reason": "head"}
+    return add_trial(session, value, state="pruned", **facts | attrs)
+
+
+LADDER = """[ladder]
+rungs = ["head", "full"]
+[ladder.head]
+trials = 8
+"""
+
+
+def ladder_session(
+    folder: Path,
+    storage: BaseStorage | None = None,
+    *,
+    agree: bool = True,
+    heads: int = 8,
+    ladder: str = LADDER,
+) -> Session:
+    """A study of a head and a full rung that rank the recipes alike, or the other way round.
+
+    Each loss is tried with its default, and the four best are promoted. Trials 1 to ``heads``
+    are of the head rung.
+    """
+    session = empty_session(folder, storage, name="ladder", trials=9, ladder=ladder)
+    add_trial(session, 0.3, 0.4, loss="cross_entropy", baseline=True, seconds=20.0)
+    for position in range(heads):
+        preset = {"preset": LOSSES[position]} if position < len(LOSSES) else {}
+        add_head(session, 0.4 + 0.05 * (position % 8), loss=LOSSES[position % 4], **preset)
+    tickets: list[dict[str, Any]] = [{"preset": loss} for loss in LOSSES[1:]]
+    tickets += [{"promoted_from": number} for number in (8, 7, 6)]
+    for place, ticket in enumerate(tickets):
+        value = 0.4 + 0.05 * (place + 1 if place < 3 else 10 - place)
+        attrs: dict[str, Any] = {**ticket, "compares": True, "seconds": 10.0}
+        add_trial(session, value if agree else 1 - value, loss=LOSSES[(place + 1) % 4], **attrs)
+    add_trial(session, 0.5, state="pruned", reason="behind", seconds=5.0)
+    add_trial(session, 0.55, promoted_from=8, unseen=True, seconds=10.0)
+    return session
 
 
 def metrics(tail: float, head: float, accuracy: float) -> dict[str, dict[str, float]]:

@@ -30,7 +30,7 @@ remote
 storage
 ledger
 proxy
-fit pulse
+fit pulse held
 climbing
 tickets
 session

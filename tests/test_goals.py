@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from tuner.datasets import Data
 from tuner.goals import reached, stop_if_reached
 from tuner.session import Session
+from tuner.tickets import fill_queue
 from tuner.worker import work
 
 
@@ -41,6 +42,22 @@ def test_plateau_counts_the_trials_since_the_best(make_session: MakeSession) -> 
     goal = reached(session)
     assert goal is not None
     assert goal[0] == "plateau"
+
+
+def test_plateau_and_target_are_of_the_last_rung(make_session: MakeSession) -> None:
+    ladder = {"rungs": ["head", "full"], "head": {"trials": 4}}
+    budget = {"trials": 9, "epochs": 3, "plateau": 2, "target": 0.8}
+    session = make_session(budget=budget, ladder=ladder)
+    finish(session, 0.5)
+    fill_queue(session)
+    for _ in range(4):
+        trial = claim(session)
+        assert trial is not None
+        assert trial.user_attrs["fidelity"] == "head"
+        trial.report(0.9, step=0)
+        trial.set_user_attr("reason", "head")
+        session.study.tell(trial, state=TrialState.PRUNED)
+    assert reached(session) is None
 
 
 def test_reached_goal_stops_everybody_and_no_ticket_is_given_out(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from conftest import MakeSession
 
 from tuner.datasets import Data
 from tuner.export import export
+from tuner.ladder import RUNGS, DeferredRung, HeadRung, Ladder
+from tuner.space import default_of
 from tuner.study import load
 from tuner.worker import work
 
@@ -44,6 +49,21 @@ def test_three_lines_plug_a_recipe_into_a_foreign_training_loop(
 def test_other_python_examples_run() -> None:
     for block in blocks("python")[1:]:
         exec(block, {})
+
+
+def test_ladder_of_the_readme_names_every_key_with_its_default() -> None:
+    shown = tomllib.loads(next(block for block in blocks("toml") if "[ladder]" in block))["ladder"]
+    assert tuple(shown.pop("rungs")) == RUNGS
+    assert default_of(Ladder, "rungs") == ["full"]
+    assert 'their defaults but for `rungs`, which is `["full"]`' in " ".join(README.split())
+    tables: dict[type[Any], Any] = {
+        HeadRung: shown.pop("head"),
+        DeferredRung: shown.pop("deferred"),
+        Ladder: shown,
+    }
+    for cls, keys in tables.items():
+        names = {field.name for field in fields(cls)} - {"rungs", "head", "deferred"}
+        assert keys == {name: default_of(cls, name) for name in names}
 
 
 def test_study_file_of_the_readme_is_right(tmp_path: Path) -> None:

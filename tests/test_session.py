@@ -329,12 +329,12 @@ def test_progressive_ladder_climbs_while_the_tail_is_below_the_gate(
 
 
 def test_progressive_ladder_says_where_it_stands(make_session: MakeSession) -> None:
-    assert tickets.ladder_state(make_session()) is None
+    assert tickets.ladder_state(make_session()) == []
     session = make_session(**PROGRESSIVE | {"name": "ladder"})
     for _ in range(3):
         finish(session, tail=0.7)
     said = tickets.ladder_state(session)
-    assert said == "progressive strategy: rung 1 of 4 (cross_entropy), gate 0.60 reached"
+    assert said == ["progressive strategy: rung 1 of 4 (cross_entropy), gate 0.60 reached"]
 
 
 def test_progressive_ladder_goes_on_with_a_larger_budget(make_session: MakeSession) -> None:

@@ -27,6 +27,7 @@ from tuner.worker import work
 FOLDER = Path(__file__).parents[1] / "studies"
 FILES = sorted(FOLDER.glob("*.toml"))
 
+HEADS = 3
 every_study = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
@@ -91,6 +92,8 @@ def shortened(path: Path) -> StudyFile:
     """The study with one epoch, small images and a tail that few images can have."""
     values = tomllib.loads(path.read_text())
     values["budget"]["epochs"] = 1
+    if "ladder" in values:
+        values["ladder"]["head"] = {"trials": HEADS, "epochs": 1}
     if values["data"].get("profile", {}).get("name") in ("exponential", "step"):
         values["data"]["profile"] = {"name": "exponential", "ratio": 3, "order": "size"}
     if "image_size" in values["data"]:
@@ -100,7 +103,10 @@ def shortened(path: Path) -> StudyFile:
 
 @every_study
 @pytest.mark.usefixtures("_own_cifar")
-def test_study_trains_its_first_trials(path: Path, tmp_path: Path, sqlite: str) -> None:
+def test_study_trains_its_first_trials(
+    path: Path, tmp_path: Path, sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "features"))
     file = shortened(path)
     WRITERS[tomllib.loads(path.read_text())["data"]["name"]](tmp_path)
     data = file.data.build(tmp_path)
@@ -111,6 +117,9 @@ def test_study_trains_its_first_trials(path: Path, tmp_path: Path, sqlite: str) 
         return sum(outcome.state == "complete" for outcome in outcomes)
 
     work(session, data, stop=lambda: trained() == 2, on_trial=outcomes.append)
+    heads = [outcome for outcome in outcomes if outcome.reason == "head"]
+    assert len(heads) == (HEADS if "head" in file.ladder.rungs else 0)
+    outcomes = [outcome for outcome in outcomes if outcome not in heads]
     assert {outcome.state for outcome in outcomes} <= {"complete", "duplicate"}
     assert (outcomes[0].state, len(outcomes)) in {("complete", 2), ("complete", 3)}
 
@@ -167,6 +176,17 @@ def test_class_balanced_grid_trains_as_the_paper_does() -> None:
     assert recipe.loss.normalization == "classes"
     assert not file.objective.adjusted
     assert file.search.pruner == "none"
+
+
+def test_ladder_study_climbs_the_space_of_the_plain_one_at_half_its_trainings() -> None:
+    ladder, plain = shipped("cifar10-ladder"), shipped("cifar10-lt100")
+    assert (ladder.space, ladder.objective, ladder.search) == (
+        plain.space,
+        plain.objective,
+        plain.search,
+    )
+    assert ladder.ladder.rungs == ("head", "full")
+    assert 2 * ladder.trials() == plain.trials()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from optuna.trial import FrozenTrial
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
+from tuner.ladder import rung_of
 from tuner.session import Session
 
 SHOWN = {
@@ -20,12 +21,18 @@ SHOWN = {
     "ece": "calibration error (ECE)",
 }
 
+HEAD_ONLY = (
+    "Only the classifier was trained with this recipe, on frozen features; `tuner train` trains "
+    "everything from scratch, which is not the same training."
+)
+
 
 def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
     parts = [
         _front_matter(session, trial),
-        _summary(session, trial, data),
+        _summary(session, trial, data, metrics),
+        *([_head_only(session)] if rung_of(trial) == "head" else []),
         _results(session, metrics),
         _use(data),
         _limits(session, data),
@@ -49,14 +56,13 @@ def _front_matter(session: Session, trial: FrozenTrial) -> str:
     )
 
 
-def _summary(session: Session, trial: FrozenTrial, data: Data) -> str:
+def _summary(session: Session, trial: FrozenTrial, data: Data, metrics: dict[str, Any]) -> str:
     counts, attrs = data.class_counts, trial.user_attrs
-    ended = sum(t.state.is_finished() for t in session.trials())
     groups = ", ".join(f"{len(v)} {k}" for k, v in data.groups.named().items())
     return (
-        f"{_standing(session, trial)} of {ended} trials. Loss `{attrs['loss']}`, sampler "
+        f"{_standing(session, trial)}. Loss `{attrs['loss']}`, sampler "
         f"`{attrs['sampler']}`, total correction κ = {attrs['kappa']:.2f}, post-hoc adjustment "
-        f"τ = {attrs['tau']:.2f}. In training, {attrs['sampling']}.\n\n"
+        f"τ = {attrs['tau']:.2f}. In training, {metrics['sampling']}.\n\n"
         f"Data: {data.name}, {data.num_classes} classes ({groups}), {int(counts.sum())} training "
         f"images, {int(counts.min())} to {int(counts.max())} per class, imbalance ratio "
         f"{imbalance_ratio(counts):.1f}. Fingerprint `{data.fingerprint[:16]}`."
@@ -64,8 +70,28 @@ def _summary(session: Session, trial: FrozenTrial, data: Data) -> str:
 
 
 def _standing(session: Session, trial: FrozenTrial) -> str:
+    """Which of how many trials it is: those of its rung, in a study with several."""
     best = session.best()
-    return "The best" if best is not None and best.number == trial.number else "One"
+    first = "The best" if best is not None and best.number == trial.number else "One"
+    ended = [t for t in session.trials() if t.state.is_finished()]
+    own = sum(rung_of(t) == rung_of(trial) for t in ended)
+    if own == len(ended):
+        return f"{first} of {own} trials"
+    return f"{first} of {own} trials of the {rung_of(trial)} rung ({len(ended)} of all rungs)"
+
+
+def _head_only(session: Session) -> str:
+    """What a trial of the head rung is, and what training its recipe again is."""
+    frozen = {
+        "baseline": "frozen features of the plain cross-entropy network of this study",
+        "initial": "frozen features of the model as it was given (its `weights_file`)",
+    }[session.file.ladder.head.backbone]
+    return (
+        f"Only the classifier was trained with this recipe, on {frozen}. `model.safetensors` "
+        "holds both, the backbone and the classifier, and the results below are theirs. "
+        "`tuner train recipe.toml` trains the recipe from scratch, backbone and all: that is not "
+        "the same training, and its numbers are others."
+    )
 
 
 def _results(session: Session, metrics: dict[str, Any]) -> str:
@@ -102,7 +128,7 @@ def _results(session: Session, metrics: dict[str, Any]) -> str:
 def _use(data: Data) -> str:
     return f"""## Use
 
-Train it again with `tuner train recipe.toml`. In your own PyTorch code:
+Train the recipe with `tuner train recipe.toml`. In your own PyTorch code:
 
 ```python
 recipe = tuner.load_recipe("recipe.toml")

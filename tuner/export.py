@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
 import tomli_w
 import torch
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner import __version__, checkpoint
 from tuner.card import model_card
 from tuner.datasets import Data
 from tuner.errors import DataError, StorageError
-from tuner.evaluation import Assessment, assess_validation
+from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
 from tuner.imbalance import log_priors
+from tuner.ladder import is_judged, rung_of
 from tuner.lane import Lane
 from tuner.loaded import LoadedRecipe
 from tuner.posthoc import class_thresholds
@@ -39,13 +40,15 @@ def export(
     """Write a trial, by default the best one, into ``folder``; the files written.
 
     Raises:
-        StorageError: There is no complete trial, or no complete trial of that number.
+        StorageError: There is no complete trial, or no trial of that number was trained to the
+            end of its rung.
     """
     trial = find_trial(session, number)
     lane = trained_lane(session, trial, data, device)
+    facts = measured(trial, lane, data)
     best = session.best()
     verdict = decide(session, data, device=device) if best and best.number == trial.number else None
-    metrics = collect_metrics(session, trial, data, verdict)
+    metrics = collect_metrics(session, trial, facts, data, verdict)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(recipe_text(session, trial, data), encoding="utf-8")
     save_weights(folder / WEIGHTS, lane, data)
@@ -56,7 +59,7 @@ def export(
 
 
 def find_trial(session: Session, number: int | None) -> FrozenTrial:
-    """The complete trial of that number, or the best one for None.
+    """The trial of that number, trained to the end of its rung, or the best one for None.
 
     Raises:
         StorageError: There is none; the text says which there are.
@@ -66,11 +69,29 @@ def find_trial(session: Session, number: int | None) -> FrozenTrial:
         if best is None:
             raise StorageError(f"study {session.file.name!r} has no complete trial yet")
         return best
-    complete = {t.number: t for t in session.trials(optuna.trial.TrialState.COMPLETE)}
-    if number not in complete:
+    judged = {t.number: t for t in session.trials() if is_judged(t)}
+    if number not in judged:
+        complete = [n for n, t in judged.items() if t.state == TrialState.COMPLETE]
         known = ", ".join(map(str, sorted(complete)[:20])) or "none yet"
         raise StorageError(f"trial {number} is not complete; complete trials: {known}")
-    return complete[number]
+    return judged[number]
+
+
+def measured(trial: FrozenTrial, lane: Lane, data: Data) -> dict[str, Any]:
+    """What is stored of a trial; what the head rung does not store, from the model's logits."""
+    attrs = dict(trial.user_attrs)
+    missing = {"intervals", "recall_per_class", "extras", "sampling"} - attrs.keys()
+    if not missing:
+        return attrs
+    logits, targets = lane.logits(data.validation.images), data.validation.targets.cpu()
+    assessment = assess_validation(logits, data, lane.recipe)
+    found = {
+        "intervals": intervals(logits, assessment, data),
+        "recall_per_class": recalls(assessment, data),
+        "extras": extras(logits, *lane.head_state(), targets, data.groups),
+        "sampling": lane.samplers[-1].describe(),
+    }
+    return attrs | {key: found[key] for key in missing}
 
 
 def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
@@ -87,6 +108,7 @@ def recipe_text(session: Session, trial: FrozenTrial, data: Data) -> str:
         "provenance": {
             "study": session.file.name,
             "trial": trial.number,
+            "rung": rung_of(trial),
             "fingerprint": data.fingerprint,
             "tuner": __version__,
             "torch": torch.__version__,
@@ -102,14 +124,23 @@ def deployed_tau(session: Session, trial: FrozenTrial) -> float:
 
 
 def collect_metrics(
-    session: Session, trial: FrozenTrial, data: Data, verdict: dict[str, Any] | None
+    session: Session,
+    trial: FrozenTrial,
+    attrs: Mapping[str, Any],
+    data: Data,
+    verdict: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything measured of a trial: validation raw and adjusted, and the test part if judged."""
-    attrs, tau = trial.user_attrs, deployed_tau(session, trial)
+    """Everything measured of a trial: validation raw and adjusted, and the test part if judged.
+
+    ``attrs`` are what ``measured`` found.
+    """
+    tau = deployed_tau(session, trial)
     return {
         "study": session.file.name,
         "trial": trial.number,
-        "objective": {"metric": session.file.objective.metric, "value": trial.value},
+        "rung": rung_of(trial),
+        "sampling": attrs["sampling"],
+        "objective": {"metric": session.file.objective.metric, "value": trial.values[0]},
         "validation": attrs["metrics"],
         "intervals": attrs["intervals"],
         "recall_per_class": attrs["recall_per_class"],

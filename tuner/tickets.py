@@ -162,20 +162,20 @@ def _best_tail(session: Session) -> float:
     return max(tails, default=0.0)
 
 
-def ladder_state(session: Session) -> str | None:
-    """Where the ladder or the progressive strategy stands, in words; None without either."""
+def ladder_state(session: Session) -> list[str]:
+    """Where the ladder or the progressive strategy stands, line by line; none without either."""
     search = session.file.search
     if session.file.ladder.rungs != ("full",):
-        return "; ".join(ladder_lines(session))
+        return ladder_lines(session)
     if search.strategy != "progressive":
-        return None
+        return []
     rungs = {t.user_attrs["rung"] for t in session.trials() if "rung" in t.user_attrs}
     rung = max(rungs, default=0)
     passed = "reached" if _best_tail(session) >= search.gate else "not reached"
-    return (
+    return [
         f"progressive strategy: rung {rung + 1} of {len(PROGRESSIVE)} ({PROGRESSIVE[rung]}), "
         f"gate {search.gate:.2f} {passed}"
-    )
+    ]
 
 
 def next_lease(session: Session, worker: tuple[str, int]) -> Lease | None:

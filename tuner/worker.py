@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,8 @@ from tuner.tickets import next_lease
 
 WAIT_SECONDS = 1.0
 SAME_REQUEST = 1.0
+
+OnCohort = Callable[[Sequence[Outcome], float], None]
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +92,7 @@ def work(
     stop: Callable[[], bool] = lambda: False,
     on_epoch: OnEpoch = lambda *_: None,
     on_trial: Callable[[Outcome], None] = lambda _: None,
+    on_cohort: OnCohort | None = None,
 ) -> int:
     """Run trials until the study has none left or ``stop`` says so; the number that ended here.
 
@@ -104,6 +108,8 @@ def work(
         stop: Asked after every step.
         on_epoch: Called after every epoch with the trial, the result and the objective.
         on_trial: Called when a trial ended here.
+        on_cohort: Called instead with the trials that ended here together, and the seconds
+            that they took.
 
     Raises:
         DataError: The data are not the study's.
@@ -116,10 +122,25 @@ def work(
         return 0
     with Pulse(session.ledger, worker) as pulse:
         slot = Slot(session, pulse, data, device, Peers(session))
-        ended = _work(slot, wait, stop, on_epoch, on_trial)
+        ended = _work(slot, wait, stop, on_epoch, _Telling(on_trial, on_cohort))
     session.ledger.leave(worker)
     raise_if_broken(session, session.ledger.order())
     return ended
+
+
+@dataclass(frozen=True)
+class _Telling:
+    """Whom to tell how trials ended, one by one or all of a cohort."""
+
+    on_trial: Callable[[Outcome], None]
+    on_cohort: OnCohort | None
+
+    def __call__(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        if len(outcomes) > 1 and self.on_cohort is not None:
+            self.on_cohort(outcomes, seconds)
+            return
+        for outcome in outcomes:
+            self.on_trial(outcome)
 
 
 def _work(
@@ -127,7 +148,7 @@ def _work(
     wait: bool,
     stop: Callable[[], bool],
     on_epoch: OnEpoch,
-    on_trial: Callable[[Outcome], None],
+    tell: _Telling,
 ) -> int:
     pulse, ended = slot.pulse, 0
     while not stop() and not pulse.superseded:
@@ -138,14 +159,14 @@ def _work(
             time.sleep(WAIT_SECONDS)
             continue
         pulse.hold(lease)
+        began = time.monotonic()
         outcomes: list[Outcome] = []
         outcomes.append(run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=outcomes.append))
         pulse.drop()
         if any(outcome.state == "complete" for outcome in outcomes):
             stop_if_reached(slot.session)
-        for outcome in outcomes:
-            on_trial(outcome)
-            ended += outcome.state not in ("interrupted", "lost")
+        tell(outcomes, time.monotonic() - began)
+        ended += sum(outcome.state not in ("interrupted", "lost") for outcome in outcomes)
     if pulse.superseded:
         log.warning("another process works as %s now; this one leaves", pulse.worker[0])
     return ended

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from fabricated import SCRIPT, empty_session, rich_session
+from fabricated import SCRIPT, empty_session, ladder_session, rich_session
 
 from tuner.report import write_report
 from tuner.session import Session
@@ -120,6 +120,26 @@ def test_every_figure_of_the_report_draws_its_marks(browser: Any, report: Path) 
     drawn(visit.page)
     marks = "boxes => boxes.map(b => b.querySelectorAll('.point, .points path').length)"
     assert all(n > 0 for n in visit.page.eval_on_selector_all(".plot", marks))
+
+
+@pytest.mark.parametrize(
+    ("viewport", "scheme"), [(WIDE, "dark"), (PHONE, "light")], ids=["wide", "phone"]
+)
+def test_the_ladder_of_a_study_is_drawn_on_any_screen(
+    browser: Any, tmp_path: Path, viewport: dict[str, int], scheme: str
+) -> None:
+    path = tmp_path / "ladder.html"
+    write_report(ladder_session(tmp_path, heads=40), path)
+    visit = Visit(browser, viewport=viewport, color_scheme=scheme)
+    page = visit.page
+    page.goto(path.as_uri())
+    drawn(page)
+    page.screenshot(path=tmp_path / "ladder.png", full_page=True)
+    figure = page.locator(".plot[data-figure=figure-agreement_head_full]")
+    assert figure.locator(".points path").count() == 7
+    assert page.get_by_text("the head rung was followed").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert visit.errors == []
 
 
 def test_a_class_named_like_a_script_is_only_a_name(browser: Any, report: Path) -> None:

@@ -64,7 +64,7 @@ def finish(
     )
     ladder = ladder_state(session)
     if ladder:
-        console.print(f"\n{ladder}", soft_wrap=True, markup=False)
+        console.print("", *ladder, sep="\n", soft_wrap=True, markup=False)
     steps = [
         command("trials", session.file.name, {k: options[k] for k in ("storage", "artifacts")}),
         command("train", str(files[0]), {"data": options["data"]}),
@@ -172,7 +172,7 @@ def retrained(
         stored=stored,
         on_epoch=_log_epoch,
     )
-    _print_retrained(result, stored_path)
+    _print_retrained(result, stored_path, stored)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         save_weights(output / "model.safetensors", result.lane, data)
@@ -186,7 +186,7 @@ def _log_epoch(result: EpochResult) -> None:
     log.info("epoch %d loss %.4f", result.epoch, result.train_loss)
 
 
-def _print_retrained(result: Retrained, stored: Path) -> None:
+def _print_retrained(result: Retrained, path: Path, stored: Mapping[str, Any] | None) -> None:
     table = Table(title="validation accuracy in %")
     for column in ("", *LABELS.values()):
         table.add_column(column, justify="right")
@@ -194,9 +194,14 @@ def _print_retrained(result: Retrained, stored: Path) -> None:
         table.add_row(name, *(percent(metrics[m]) for m in LABELS))
     Console().print(table)
     difference = result.largest_difference
-    if difference is None:
-        print(f"no stored metrics beside the recipe ({stored}), so nothing to compare with")
+    if stored is None or difference is None:
+        print(f"no stored metrics beside the recipe ({path}), so nothing to compare with")
     elif difference == 0:
-        print(f"reproduced: every metric equals {stored}")
+        print(f"reproduced: every metric equals {path}")
     else:
-        print(f"largest difference to {stored}: {difference:.2e}")
+        print(f"largest difference to {path}: {difference:.2e}")
+    if stored is not None and stored.get("rung") == "head":
+        print(
+            f"{path} is of the head rung, where only the classifier was trained on frozen "
+            "features; this was another training, so its metrics are not expected to come out"
+        )

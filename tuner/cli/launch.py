@@ -72,6 +72,7 @@ def ray(
     whose process or machine is lost; the trial it had waits for it, or for another.
     """
     from tuner.cli.machine import Bars
+    from tuner.cli.show import describe_cohort
     from tuner.launch import Place
     from tuner.launch._cluster import Crew, connected
     from tuner.launch._ray import Placement
@@ -95,6 +96,7 @@ def ray(
             stop=stop,
             show=bars.show,
             on_trial=_say,
+            on_cohort=lambda *ended: log.info("%s", describe_cohort(session, *ended)),
         ).run(grace=grace)
     if reason is None:
         log.warning("stopped; every trial goes on where it was, here or elsewhere")

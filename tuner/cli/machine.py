@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import TracebackType
 
 from optuna.trial import Trial
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tuner.cli import say
-from tuner.cli.show import describe
+from tuner.cli.show import describe, describe_cohort
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.supervisor import Sight
@@ -22,9 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class SlotLines:
-    """What a slot says: one line per epoch and one per trial that ended."""
+    """What a slot says: one line per epoch, and one per trial or cohort that ended."""
 
     def __init__(self, session: Session) -> None:
+        self.session = session
         self.epochs = session.file.budget.epochs
         self.metric = session.file.objective.metric
 
@@ -46,6 +48,10 @@ class SlotLines:
         """Say how a trial ended; louder when it failed."""
         level = logging.WARNING if outcome.state == "failed" else logging.INFO
         log.log(level, "trial %d · %s", outcome.number, describe(outcome))
+
+    def cohort(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """Say how trials ended that were trained together."""
+        log.info("%s", describe_cohort(self.session, outcomes, seconds))
 
 
 class Bars:
@@ -88,7 +94,9 @@ class Bars:
         self.progress.update(self.trials, completed=ended, note=best)
         done = [0 if row["epoch"] is None else row["epoch"] + 1 for row in sight.mine]
         speed = sum(row["speed"] or 0.0 for row in sight.mine)
-        note = f"{len(done)} training here, {speed:.0f} samples/s" if done else _idle(sight)
+        # A slot at the head rung trains no epochs and tells no speed.
+        fast = f", {speed:.0f} samples/s" if speed else ""
+        note = f"{len(done)} training here{fast}" if done else _idle(sight)
         total = len(done) * self.session.file.budget.epochs
         self.progress.update(self.epochs, completed=sum(done), total=total or None, note=note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from tuner.cli.options import Artifacts, DataFolder, Json, Storage, StudyName, S
 
 if TYPE_CHECKING:
     from tuner.session import Session
+    from tuner.study import StudyFile
 
 LISTED = {
     "losses": "loss",
@@ -49,9 +51,10 @@ def check(
         loaded = file.data.build(data)
         lines = describe_data(loaded)
         check_fit(file, loaded)
+    rungs = _rungs(file)
     if as_json:
-        space = dict(rows)
-        print_json({"name": file.name, "trials": file.trials(), "space": space, "data": lines})
+        known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
+        print_json({**known, "rungs": rungs, "data": lines})
         return
     title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
     table = Table(title=escape(title))
@@ -60,8 +63,37 @@ def check(
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+    if file.ladder.rungs != ("full",):
+        _print_rungs(rungs, len(rows))
     for line in lines:
         print(line)
+
+
+def _rungs(file: StudyFile) -> list[dict[str, Any]]:
+    """The rungs of a study: how many trials each has, what it searches and what it holds fixed."""
+    from tuner.held import held_rows, how_held, searched_rows
+
+    return [
+        {
+            "rung": rung,
+            "trials": file.ladder.trials(rung, file.trials()),
+            "searches": dict(searched_rows(file, rung)),
+            "why_held": how_held(file, rung),
+            "holds": dict(held_rows(file, rung)),
+        }
+        for rung in file.ladder.rungs
+    ]
+
+
+def _print_rungs(rungs: list[dict[str, Any]], count: int) -> None:
+    apart = "" if rungs[-1]["rung"] == "full" else "; before them, plain cross-entropy in full"
+    print(f"the ladder, from the cheapest rung up{apart}:")
+    for row in rungs:
+        print(f"  {row['rung']}: {row['trials']} trials")
+        print(f"    searches {len(row['searches'])} of {count} hyperparameters")
+        print(f"    holds fixed {row['why_held']}")
+        for name, value in row["holds"].items():
+            print(f"      {name} = {value}")
 
 
 @app.command()
@@ -87,23 +119,35 @@ def status(
         print_json(rows if study is None else rows[0])
         return
     for row in rows:
-        counts = ", ".join(f"{row[s]} {s}" for s in _STATES if row[s])
+        counts = ", ".join(_counted(row))
         best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
-        ladder = "" if row["ladder"] is None else f"; {row['ladder']}"
         there = row["workers"]
         fleet = "" if not there else f"; {there} worker{'' if there == 1 else 's'}"
         told = "" if row["order"] == "run" else f"; {row['order_said']}"
         print(
-            f"{row['study']}: {counts or 'no trials'} of {row['budget']}; "
-            f"best {best}{ladder}{fleet}{told}"
+            f"{row['study']}: {counts or 'no trials'} of {row['budget']}; best {best}{fleet}{told}"
         )
+        for line in row["ladder"]:
+            print(f"  {line}")
 
 
 _STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 
+def _counted(row: dict[str, Any]) -> Iterator[str]:
+    """Trials by state; those of lower rungs, which end as pruned for Optuna, apart."""
+    for state in _STATES:
+        number = row[state] - (row["below"] if state == "pruned" else 0)
+        if number:
+            yield f"{number} {state}"
+    if row["below"]:
+        yield f"{row['below']} trained at lower rungs"
+
+
 def _status(session: Session) -> dict[str, Any]:
+    """A study as programs read it; ``pruned`` has those ``below`` the last rung in it."""
     from tuner.cli.fleet import described, present
+    from tuner.ladder import is_judged
     from tuner.ledger import Order
     from tuner.tickets import ladder_state
     from tuner.worker import progress
@@ -113,6 +157,7 @@ def _status(session: Session) -> dict[str, Any]:
     return {
         "study": session.file.name,
         **progress(session),
+        "below": sum(t.state.name == "PRUNED" and is_judged(t) for t in session.trials()),
         "metric": session.file.objective.metric,
         "ladder": ladder_state(session),
         "best": None if best is None else best.number,
@@ -134,8 +179,10 @@ def best(
     """The best trial's recipe, as TOML."""
     import tomli_w
 
+    from tuner.card import HEAD_ONLY
     from tuner.cli.trials import attempts_by_trial, trial_row
     from tuner.export import find_trial
+    from tuner.ladder import rung_of
 
     session = joined(study, storage, artifacts)
     trial = find_trial(session, None)
@@ -145,6 +192,8 @@ def best(
         return
     metric = session.file.objective.metric
     print(f"# study {session.file.name}, trial {trial.number}: {metric} {trial.value:.4f}")
+    if rung_of(trial) == "head":
+        print(f"# {HEAD_ONLY}")
     print(tomli_w.dumps(trial.user_attrs["recipe"]), end="")
 
 

@@ -115,5 +115,6 @@ def _work(session: Session, data: Data, device: str) -> bool:
             stop=stop,
             on_epoch=show.epoch,
             on_trial=show.trial,
+            on_cohort=show.cohort,
         )
         return stop.asked

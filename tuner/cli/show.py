@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
+from tuner.ladder import RUNGS, rung_of
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.trainer import EpochResult
@@ -25,6 +28,9 @@ STOPPED_BY = {
     "plateau": "its goal budget.plateau",
     "code_error": "the same error three times in a row",
 }
+
+LEFT = ("interrupted", "lost")
+"""How a trial leaves a worker without having ended."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +49,10 @@ def describe_data(data: Data) -> list[str]:
 
 
 class Display:
-    """Two progress bars (trials, epochs) on a terminal; one line per trial elsewhere."""
+    """Two progress bars (trials, epochs) on a terminal; one line per trial elsewhere.
+
+    Trials of the head rung, which come by the hundred, have one line per cohort on both.
+    """
 
     def __init__(self, session: Session, *, terminal: bool) -> None:
         self.session, self.terminal = session, terminal
@@ -101,6 +110,17 @@ class Display:
             return
         log.info("trial %d/%d %s", outcome.number, self.budget - 1, describe(outcome))
 
+    def cohort(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """Show how trials ended that were trained together."""
+        self.ended += sum(outcome.state not in LEFT for outcome in outcomes)
+        self._show_best()
+        self.bars.update(self.epochs, completed=0, note="head rung: no epochs")
+        line = describe_cohort(self.session, outcomes, seconds)
+        if self.terminal:
+            self.bars.console.print(line, markup=False, highlight=False)
+        else:
+            log.info("%s", line)
+
     def _show_best(self) -> None:
         best = self.session.best()
         note = "" if best is None else f"best {best.value:.3f} (trial {best.number})"
@@ -108,10 +128,30 @@ class Display:
 
 
 def describe(outcome: Outcome) -> str:
-    """How a trial ended, in a few words."""
+    """How a trial ended, in a few words.
+
+    At the end of a rung below the last one it is pruned for Optuna, but done for people.
+    """
     value = "" if outcome.value is None else f" {outcome.value:.4f}"
+    if outcome.reason in RUNGS:
+        return f"done{value} ({outcome.reason} rung)"
     reason = "" if outcome.reason is None else f" ({outcome.reason.replace('_', ' ')})"
     return f"{outcome.state}{value}{reason}"
+
+
+def describe_cohort(session: Session, outcomes: Sequence[Outcome], seconds: float) -> str:
+    """How many trials of the head rung ended together, the rung's best so far, the speed."""
+    states = Counter(o.reason if o.reason == "not_finite" else o.state for o in outcomes)
+    ended = len(outcomes) - states["interrupted"] - states["lost"]
+    rest = [f"{states[s]} {s.replace('_', ' ')}" for s in ("not_finite", *LEFT) if states[s]]
+    apart = f" ({', '.join(rest)})" if rest else ""
+    best = next(iter(session.ranked(t for t in session.trials() if rung_of(t) == "head")), None)
+    parts = [
+        f"head rung · {ended} trials{apart}",
+        "" if best is None else f"best so far {best.values[0]:.4f} (trial {best.number})",
+        f"{60 * ended / max(seconds, 1e-9):.0f} trials/min",
+    ]
+    return " · ".join(filter(None, parts))
 
 
 def percent(value: float | None, interval: Any = None) -> str:
@@ -127,4 +167,4 @@ def percent(value: float | None, interval: Any = None) -> str:
 def wide_console() -> Console:
     """A console for wide tables: what is no terminal does not cut them to 80 columns."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 140))
+    return console if console.is_terminal else Console(width=max(console.width, 160))

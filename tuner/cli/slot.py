@@ -87,6 +87,7 @@ def _be_a_slot(
             stop=stop,
             on_epoch=lines.epoch,
             on_trial=lines.trial,
+            on_cohort=lines.cohort,
         )
 
 

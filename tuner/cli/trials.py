@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,13 +21,26 @@ if TYPE_CHECKING:
 FACTS = (
     *("reason", "detail", "loss", "sampler", "kappa", "warning", "sampling", "metrics"),
     *("intervals", "recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset"),
-    *("rung", "retry_of", "branched_from", "stage_one_seconds"),
+    *("rung", "retry_of", "promoted_from", "unseen", "compares"),
+    *("branched_from", "stage_one_seconds"),
 )
 ATTEMPT = (
     *("attempt", "claimed_at", "ended_at", "end", "reason", "detail", "note", "first_epoch"),
     *("epoch", "new_epochs", "seconds", "speed"),
 )
+MOST_HEADS = 50
+"""As many trials of the head rung are listed without being asked for."""
+
 SHARES = ("tail_accuracy", "head_accuracy", "accuracy")
+COLUMNS = ("state", "tries", "value", "loss", "sampler")
+
+
+class RungName(StrEnum):
+    """A rung of the ladder, as an option takes it."""
+
+    head = "head"
+    deferred = "deferred"
+    full = "full"
 
 
 @app.command()
@@ -35,21 +49,40 @@ def trials(
     number: Annotated[
         int | None, typer.Option("--trial", help="One trial, with its attempts and epochs.")
     ] = None,
+    rung: Annotated[
+        RungName | None, typer.Option("--rung", help="Only the trials of one rung.")
+    ] = None,
     storage: Storage = None,
     artifacts: Artifacts = None,
     as_json: Json = False,
 ) -> None:
-    """Every trial: how it ended and why, its metrics and its parameters."""
+    """Every trial: how it ended and why, its metrics and its parameters.
+
+    The table leaves out trials of the head rung when there are many, and says so.
+    """
+    from tuner.cli.finish import command
+
     session = joined(study, storage, artifacts)
     if number is not None:
         _one(session, number, as_json)
         return
     tries = attempts_by_trial(session)
     rows = [trial_row(session, trial, tries[trial._trial_id]) for trial in session.trials()]
+    wanted = [row for row in rows if rung is None or row["fidelity"] == rung.value]
     if as_json:
-        print_json(rows)
-    else:
-        _print_table(rows)
+        print_json(wanted)
+        return
+    heads = sum(row["fidelity"] == "head" for row in wanted)
+    hidden = heads if rung is None and heads > MOST_HEADS else 0
+    if hidden:
+        wanted = [row for row in wanted if row["fidelity"] != "head"]
+    _print_table(wanted, several=len({row["fidelity"] for row in rows}) > 1)
+    if hidden:
+        options = {"rung": "head", "storage": storage, "artifacts": artifacts}
+        print(
+            f"{hidden} trials of the head rung are not listed; to see them: "
+            f"{command('trials', study, options)}"
+        )
 
 
 def attempts_by_trial(session: Session) -> dict[int, list[dict[str, Any]]]:
@@ -65,14 +98,20 @@ def _attempt_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trial_row(session: Session, trial: FrozenTrial, tries: list[dict[str, Any]]) -> dict[str, Any]:
-    """A trial as programs read it."""
+    """A trial as programs read it.
+
+    ``fidelity`` is its rung of the ladder, ``rung`` that of the progressive strategy.
+    """
+    from tuner.ladder import is_judged, rung_of
+
     attrs = trial.user_attrs
+    judged = is_judged(trial)
     complete = trial.state.name == "COMPLETE"
-    judged = complete and "metrics" in attrs
     return {
         "trial": trial.number,
+        "fidelity": rung_of(trial),
         "state": trial.state.name.lower(),
-        "value": trial.value if complete else None,
+        "value": trial.values[0] if judged or complete else None,
         "keeps_floor": session.keeps_floor(trial) if judged else None,
         "end": tries[-1]["end"] if tries else None,
         **{key: attrs.get(key) for key in FACTS},
@@ -82,14 +121,15 @@ def trial_row(session: Session, trial: FrozenTrial, tries: list[dict[str, Any]])
     }
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def _print_table(rows: list[dict[str, Any]], *, several: bool) -> None:
+    """The trials as a table; with ``several`` rungs, that of each and whence it was promoted."""
     from rich.table import Table
 
     from tuner.cli.show import percent, wide_console
 
     table = Table()
-    for column in ("trial", "state", "tries", "value", "loss", "sampler"):
-        table.add_column(column, justify="left" if column in ("state", "loss") else "right")
+    for column in ("trial", *(("rung", "from") if several else ()), *COLUMNS):
+        table.add_column(column, justify="left" if column in ("rung", "state", "loss") else "right")
     for column in ("tail", "head", "overall", "τ"):
         table.add_column(column)
     for row in rows:
@@ -99,8 +139,17 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         tau = "" if row["tau"] is None else f"{row['tau']:.2f}"
         names = [row["loss"] or "", row["sampler"] or ""]
         tries = str(len(row["attempts"]) or "")
-        table.add_row(str(row["trial"]), _state(row), tries, value, *names, *shown, tau)
+        place = [row["fidelity"], _origin(row)] if several else []
+        cells = [str(row["trial"]), *place, _state(row), tries, value]
+        table.add_row(*cells, *names, *shown, tau)
     wide_console().print(table)
+
+
+def _origin(row: dict[str, Any]) -> str:
+    """Which trial of the rung below a trial was promoted from, and whether more is open in it."""
+    if row["promoted_from"] is None:
+        return ""
+    return f"{row['promoted_from']}{' +' if row['unseen'] else ''}"
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -108,6 +157,9 @@ def _state(row: dict[str, Any]) -> str:
     again = "" if row["retry_of"] is None else f", retry of {row['retry_of']}"
     if row["duplicate_of"] is not None:
         return f"duplicate of {row['duplicate_of']}"
+    if row["state"] == "pruned" and row["reason"] == row["fidelity"]:
+        # For Optuna it is pruned, so that its best trial is one of the last rung.
+        return f"done{' (breaks the floor)' if row['keeps_floor'] is False else ''}{again}"
     why = _why(row)
     return f"{row['state']}{f' ({why})' if why else ''}{again}"
 
@@ -133,7 +185,8 @@ def _one(session: Session, number: int, as_json: bool) -> None:
         print_json({**row, "epochs": [{key: epoch[key] for key in keys} for epoch in epochs]})
         return
     value = "" if row["value"] is None else f" {row['value']:.4f}"
-    print(f"trial {number} of {session.file.name}: {_state(row)}{value}")
+    at = f" ({row['fidelity']} rung)" if session.file.ladder.rungs != ("full",) else ""
+    print(f"trial {number} of {session.file.name}{at}: {_state(row)}{value}")
     _print_attempts(tries)
     _print_epochs(epochs)
     if row["detail"]:

@@ -59,7 +59,7 @@ def _trials(session: Session) -> Iterator[Finding]:
     name, trials = session.file.name, session.trials()
     counts = Counter(trial.state.name.lower() for trial in trials)
     found = ", ".join(f"{number} {state}" for state, number in counts.items()) or "none"
-    yield ok("trials", f"{found} of {session.file.trials()}")
+    yield ok("trials", f"{found} of {session.file.all_trials()}")
     retried = {t.user_attrs.get("retry_of") for t in trials}
     failed = [t for t in trials if t.state == TrialState.FAIL and t.number not in retried]
     if failed:

@@ -18,6 +18,7 @@ from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.storage import CAUSES
 from tuner.supervisor import Sight
+from tuner.worker import OnCohort
 
 TICK = 0.5
 SETTLING_SECONDS = 5.0
@@ -38,6 +39,7 @@ class Placement:
         stop: Whether somebody asked to stop; asked twice a second.
         show: Takes what is known of the study, whenever it was read again.
         on_trial: Called when a trial of the study ended, whoever trained it.
+        on_cohort: Called instead with those of the head rung, and the seconds they took.
 
     Raises:
         TunerError: The machines cannot share the storage, or none has room for a worker and
@@ -55,12 +57,14 @@ class Placement:
         stop: Callable[[], bool] = lambda: False,
         show: Callable[[Sight], None] = lambda _: None,
         on_trial: Callable[[Outcome], None] = lambda _: None,
+        on_cohort: OnCohort = lambda *_: None,
     ) -> None:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         place.check_reach([socket.gethostname(), *(n["NodeManagerHostname"] for n in nodes)])
         check_room(nodes, crew, alone=alone)
         self.ray, self.session, self.place, self.crew = ray, session, place, crew
-        self.stop, self.show, self.on_trial = stop, show, on_trial
+        self.stop, self.show = stop, show
+        self.on_trial, self.on_cohort = on_trial, on_cohort
         self.view = View(session, set(crew.names))
         self.actors: dict[str, Any] = {}
         self.running: dict[Any, str] = {}
@@ -167,6 +171,8 @@ class Placement:
         """Hand over what is new of the study."""
         while not self.view.ended.empty():
             self.on_trial(self.view.ended.get())
+        while not self.view.heads.empty():
+            self.on_cohort(*self.view.heads.get())
         sight = self.view.news()
         if sight is not None:
             self.show(sight)

@@ -26,7 +26,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; padding-bottom: .4rem; font-size: .9rem; }
 th, td { text-align: left; padding: .45rem .8rem .45rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; font-size: .9rem; }
+thead th { color: var(--soft); font-weight: 500; font-size: .9rem; overflow-wrap: normal; }
 tbody th { font-weight: 600; }
 pre { background: var(--card); padding: .8rem 1rem; overflow-x: auto; border-radius: .4rem; }
 summary { cursor: pointer; color: var(--soft); font-size: .9rem; }

@@ -82,6 +82,11 @@ def new_figure(title: str, x: str, y: str) -> go.Figure:
     return figure
 
 
+def trials_axis(rung: str | None) -> str:
+    """Name of an axis along which trials stand; of one rung, where a study has several."""
+    return "trial" if rung is None else f"trials of the {rung} rung, in order"
+
+
 def axis_title(metric: str) -> str:
     """Name of an axis that shows a metric."""
     return f"{label(metric)} (%)" if is_share(metric) else label(metric)
@@ -90,6 +95,12 @@ def axis_title(metric: str) -> str:
 def scaled(metric: str, value: float | None) -> float | None:
     """A metric as its axis shows it: shares in percent."""
     return 100 * value if value is not None and is_share(metric) else value
+
+
+def look(position: int) -> tuple[str, str]:
+    """Colour and symbol of the losses in turn; the pairs come again after 36 of them."""
+    turn, place = divmod(position, len(COLOURS))
+    return COLOURS[place], SYMBOLS[(place + turn) % len(SYMBOLS)]
 
 
 def add_states(figure: go.Figure, points: Iterable[Point], x: Any, y: Any) -> None:

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from tuner.report.data import (
     ClassRecall,
+    Comparison,
     HeadTailData,
     HistoryData,
     LossData,
@@ -15,22 +16,23 @@ from tuner.report.data import (
     RecallData,
     Tradeoff,
     Training,
+    Twin,
 )
 from tuner.report.drawing import (
     BLUE,
-    COLOURS,
     GREY,
     MARKS,
     PALE,
-    SYMBOLS,
     add_baseline,
     add_points,
     add_states,
     axis_title,
+    look,
     new_figure,
     scaled,
+    trials_axis,
 )
-from tuner.report.words import amount, capital, count, in_figure, label
+from tuner.report.words import amount, capital, count, in_figure, is_share, label
 
 ERROR_BARS_UP_TO = 60
 
@@ -93,12 +95,12 @@ def _add_recalls(
 def history_figure(data: HistoryData) -> go.Figure:
     """The objective of every trial in order, and the best so far."""
     title = _history_title(data)
-    figure = new_figure(title, "trial", axis_title(data.metric))
-    add_states(figure, data.points, lambda p: p.number, lambda p: scaled(data.metric, p.value))
+    figure = new_figure(title, trials_axis(data.rung), axis_title(data.metric))
+    add_states(figure, data.points, lambda p: p.place, lambda p: scaled(data.metric, p.value))
     figure.add_scatter(
         name="best so far",
         mode="lines",
-        x=[p.number for p in data.points],
+        x=[p.place for p in data.points],
         y=[scaled(data.metric, value) for value in data.best_so_far],
         line={"shape": "hv", "color": BLUE, "width": 1.5},
         hoverinfo="skip",
@@ -112,15 +114,17 @@ def _history_title(data: HistoryData) -> str:
     if best is None:
         return "No trial is complete yet"
     value = amount(data.metric, best.value)
-    number = f"trial {best.number}, of {count(len(data.points), 'trial')} so far"
+    where = "" if data.rung is None else f" at the {data.rung} rung"
+    number = f"trial {best.number}, of {count(len(data.points), 'trial')} so far{where}"
     return f"{capital(label(data.metric))} on validation: {value} at {number}"
 
 
 def loss_figure(data: LossData) -> go.Figure:
     """The objective of every trial, one line per loss, the best loss on top."""
     best = data.rows[0] if data.rows and data.rows[0].best is not None else None
+    where = "" if data.rung is None else f" of the {data.rung} rung"
     title = (
-        f"{in_figure(best.loss)} has the best trial, {amount(data.metric, best.best)}"
+        f"{in_figure(best.loss)} has the best trial{where}, {amount(data.metric, best.best)}"
         if best
         else "No loss has a complete trial yet"
     )
@@ -171,7 +175,7 @@ def head_tail_figure(data: HeadTailData) -> go.Figure:
 
 def _add_tradeoffs(figure: go.Figure, loss: str, position: int, points: Sequence[Tradeoff]) -> None:
     points = sorted(points, key=lambda p: not p.feasible)
-    colour, symbol = COLOURS[position % len(COLOURS)], SYMBOLS[position % len(SYMBOLS)]
+    colour, symbol = look(position)
     texts = [
         f"trial {p.number}<br>{in_figure(p.summary)}<br>head {100 * p.head:.1f} %, "
         f"tail {100 * p.tail:.1f} %{'' if p.feasible else '<br>breaks the floor'}"
@@ -199,7 +203,7 @@ def pruning_figure(data: PruningData) -> go.Figure:
     saved = data.unpruned - data.trained
     share = f" ({saved / data.unpruned:.0%})" if saved else ""
     title = f"Pruning saved {saved:,} of {count(data.unpruned, 'epoch')}{share}"
-    figure = new_figure(title, "trial", "epochs")
+    figure = new_figure(title, trials_axis(data.rung), "epochs")
     for state, mark in MARKS.items():
         rows = [row for row in data.trials if row.state == state and row.trained]
         if rows:
@@ -225,9 +229,47 @@ def _add_bars(
 ) -> None:
     figure.add_bar(
         name=name,
-        x=[row.number for row in rows],
+        x=[row.place for row in rows],
         y=list(epochs),
         customdata=list(texts),
         hovertemplate="%{customdata}<extra></extra>",
         marker={"color": colour, "line": {"width": 0}},
+    )
+
+
+def agreement_figure(data: Comparison, metric: str) -> go.Figure:
+    """The recipes trained on two rungs: the objective at one against that at the other."""
+    figure = new_figure(
+        _agreement_title(data),
+        f"{data.lower} rung: {axis_title(metric)}",
+        f"{data.upper} rung{' (%)' if is_share(metric) else ''}",
+    )
+    figure.update_layout(height=460)
+    for position, loss in enumerate(sorted({twin.loss for twin in data.twins})):
+        own = [twin for twin in data.twins if twin.loss == loss]
+        xs, ys = ([scaled(metric, v) for v in values] for values in _objectives(own))
+        texts = [_twin_text(data, metric, twin) for twin in own]
+        colour, symbol = look(position)
+        add_points(figure, in_figure(loss), xs, ys, texts, colour, symbol)
+    return figure
+
+
+def _agreement_title(data: Comparison) -> str:
+    recipes = (
+        f"{count(len(data.twins), 'recipe')} trained at the {data.lower} and {data.upper} rung"
+    )
+    if data.correlation is None:
+        return recipes
+    return f"{recipes}: rank correlation {data.correlation.value:.2f}"
+
+
+def _objectives(twins: Sequence[Twin]) -> tuple[list[float], list[float]]:
+    return [twin.lower for twin in twins], [twin.upper for twin in twins]
+
+
+def _twin_text(data: Comparison, metric: str, twin: Twin) -> str:
+    return (
+        f"{in_figure(twin.loss)}, {in_figure(twin.sampler)}<br>"
+        f"{data.lower}: {amount(metric, twin.lower)} (trial {twin.lower_trial})<br>"
+        f"{data.upper}: {amount(metric, twin.upper)} (trial {twin.upper_trial})"
     )

@@ -41,7 +41,14 @@ def _goal(overview: OverviewData) -> str:
 
 def _progress(overview: OverviewData) -> str:
     states = ", ".join(f"{number} {state}" for state, number in sorted(overview.states.items()))
-    return f"{count(overview.budget, 'trial')} planned; {states or 'none started yet'}."
+    planned = f"{count(overview.budget, 'trial')} planned"
+    if not overview.below:
+        return f"{planned}; {states or 'none started yet'}."
+    first = " and ".join(
+        f"{count(number, 'trial')} of the {rung} rung" for rung, number in overview.below.items()
+    )
+    where = f"{planned} at the {overview.last} rung"
+    return f"{where}; {states or 'none started yet'}. Before them, {first} ended."
 
 
 def _why_no_verdict(overview: OverviewData) -> str:

@@ -58,6 +58,18 @@ def page(title: str, *content: object, head: Sequence[Html] = ()) -> str:
     )
 
 
+def plot(name: str, figure: Any, hint: str, *more: Html) -> Html:
+    """A figure whose title is the caption, where screen readers and narrow screens read it."""
+    title = figure.layout.title.text
+    figure.layout.title = None
+    figure.layout.template = None
+    figure.layout.margin.t = 16
+    block = json_block(f"figure-{name}", figure.to_json())
+    box = element("div", class_="plot", data_figure=f"figure-{name}")
+    caption = element("figcaption", Html(title))
+    return element("figure", caption, element("p", hint), box, block, *more)
+
+
 def json_block(name: str, value: Any) -> Html:
     """Data for a script, which cannot close its element however the texts in it read."""
     text = value if isinstance(value, str) else json.dumps(value)

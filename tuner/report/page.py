@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tuner.errors import StorageError
 from tuner.report import data as numbers
 from tuner.report.assets import SCRIPT
+from tuner.report.climb import climb
 from tuner.report.data import (
     OverviewData,
     PruningData,
@@ -19,8 +20,19 @@ from tuner.report.data import (
     Setting,
 )
 from tuner.report.lead import lead
-from tuner.report.markup import Html, content_policy, element, html, json_block, page, script, table
+from tuner.report.markup import (
+    Html,
+    content_policy,
+    element,
+    html,
+    json_block,
+    page,
+    plot,
+    script,
+    table,
+)
 from tuner.report.words import (
+    HEAD_ONLY,
     amount,
     count,
     duration,
@@ -56,8 +68,9 @@ def report_html(session: Session) -> str:
         *lead(overview, numbers.verdict_data(session)),
         *_recipe(overview),
         *_data(overview),
+        *climb(numbers.ladder_data(session)),
         *_figures(session),
-        *_reproduce(overview.name),
+        *_reproduce(overview),
         *_scripts(),
     ]
     policy = f'<meta http-equiv="Content-Security-Policy" content="{html(_policy())}">'
@@ -86,7 +99,9 @@ def _recipe(overview: OverviewData) -> Iterator[Html]:
     if best is None:
         return
     yield element("h2", "Best recipe")
-    facts = [f"Trial {best.number}, {amount(overview.metric, best.value)} on validation"]
+    rung = f" ({best.rung} rung)" if best.rung != "full" else ""
+    value = amount(overview.metric, best.value)
+    facts = [f"Trial {best.number}{rung}, {value} on validation"]
     if best.tau is not None:
         facts.append(f"logit adjustment τ = {best.tau:.2f}")
     if best.kappa is not None:
@@ -144,30 +159,24 @@ def _figures(session: Session) -> Iterator[Html]:
         yield element("p", "Recall per class comes with the verdict.", class_="soft")
     else:
         hint = "Each class once per model, with 95 % intervals; small classes are on the left."
-        yield _plot("recall", figures.recall_figure(recall), hint, _recall_table(recall))
+        yield plot("recall", figures.recall_figure(recall), hint, _recall_table(recall))
     if not history.points:
         yield element("p", "No trial has been started yet.", class_="soft")
         return
+    if history.rung not in (None, "full"):
+        note = "is plain cross-entropy, trained in full; all others below are of the"
+        yield element("p", f"Trial 0 {note} {history.rung} rung.", class_="soft")
     hint = "Points that break the floor do not count, however high they are."
-    yield _plot("history", figures.history_figure(history), hint)
+    yield plot("history", figures.history_figure(history), hint)
     hint = "Each trial's value on validation; the bar is the median of the complete ones."
-    yield _plot("losses", figures.loss_figure(losses), hint)
+    yield plot("losses", figures.loss_figure(losses), hint)
     if tradeoff.points:
         hint = "Towards the upper right is better; open marks break the floor."
-        yield _plot("tradeoff", figures.head_tail_figure(tradeoff), hint)
-    yield _plot("pruning", figures.pruning_figure(pruning), _pruning_hint(pruning, history.metric))
-
-
-def _plot(name: str, figure: Any, hint: str, *more: Html) -> Html:
-    """A figure whose title is the caption, where screen readers and narrow screens read it."""
-    title = figure.layout.title.text
-    figure.layout.title = None
-    figure.layout.template = None
-    figure.layout.margin.t = 16
-    block = json_block(f"figure-{name}", figure.to_json())
-    box = element("div", class_="plot", data_figure=f"figure-{name}")
-    caption = element("figcaption", Html(title))
-    return element("figure", caption, element("p", hint), box, block, *more)
+        yield plot("tradeoff", figures.head_tail_figure(tradeoff), hint)
+    if session.file.ladder.last == "head":
+        yield element("p", "The head rung trains no epochs and prunes nothing.", class_="soft")
+        return
+    yield plot("pruning", figures.pruning_figure(pruning), _pruning_hint(pruning, history.metric))
 
 
 def _recall_table(recall: RecallData) -> Html:
@@ -205,10 +214,12 @@ def _control(pruning: PruningData, metric: str) -> str:
     return f"{who}: pruning all of them would have cost {size(metric, control.regret)}."
 
 
-def _reproduce(name: str) -> Iterator[Html]:
-    quoted = shlex.quote(name)
+def _reproduce(overview: OverviewData) -> Iterator[Html]:
+    quoted = shlex.quote(overview.name)
     yield element("h2", "Train it again")
     yield element("p", "The first command writes the recipe and its weights to a folder.")
     yield element(
         "pre", element("code", f"tuner export {quoted} -o best\ntuner train best/recipe.toml")
     )
+    if overview.best is not None and overview.best.rung == "head":
+        yield element("p", HEAD_ONLY, class_="note")

@@ -7,6 +7,12 @@ from html import escape
 from tuner.report.data import Difference, Estimate
 
 UNIT = "\N{NO-BREAK SPACE}%"
+HEAD_ONLY = (
+    "The best recipe is of the head rung: its classifier was trained on the fixed features of the "
+    "plain cross-entropy network, or of the model as it was given. The exported weights hold that "
+    "backbone and the classifier. The second command trains the recipe from the start, everything "
+    "of it, which is another training with other numbers."
+)
 LABELS = {
     "accuracy": "overall accuracy",
     "worst_class": "recall of the worst class",

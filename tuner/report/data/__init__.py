@@ -12,6 +12,7 @@ from tuner.report.data._answer import (
     recall_data,
     verdict_data,
 )
+from tuner.report.data._ladder import Comparison, LadderData, RungRow, Twin, ladder_data
 from tuner.report.data._moment import still
 from tuner.report.data._overview import (
     BestRecipe,
@@ -36,25 +37,30 @@ from tuner.report.data._search import (
 __all__ = [
     "BestRecipe",
     "ClassRecall",
+    "Comparison",
     "Control",
     "Difference",
     "Estimate",
     "GroupSize",
     "HeadTailData",
     "HistoryData",
+    "LadderData",
     "LossData",
     "LossRow",
     "OverviewData",
     "Point",
     "PruningData",
     "RecallData",
+    "RungRow",
     "Setting",
     "Tradeoff",
     "Training",
+    "Twin",
     "VerdictData",
     "VerdictRow",
     "head_tail_data",
     "history_data",
+    "ladder_data",
     "loss_data",
     "overview_data",
     "pruning_data",

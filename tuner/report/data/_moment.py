@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from bisect import bisect_left
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.ladder import rung_of
 from tuner.metrics import METRICS
 from tuner.session import Session
 
@@ -68,6 +70,33 @@ def started(session: Session) -> list[FrozenTrial]:
     """The trials that a worker has begun, by number; ``settled`` is the last fact it notes."""
     waiting = TrialState.WAITING
     return [t for t in session.trials() if t.state != waiting and "settled" in t.user_attrs]
+
+
+def is_searched(session: Session, trial: FrozenTrial) -> bool:
+    """Whether a trial is of the last rung, whose trials give the answer, or the baseline.
+
+    Those of the rungs below are no trials of this search: they were trained otherwise, and
+    their values are no values of this rung. Without a ladder, every trial is searched.
+    """
+    is_baseline = bool(trial.user_attrs.get("baseline"))
+    return is_baseline or rung_of(trial) == session.file.ladder.last
+
+
+def searched(session: Session) -> list[FrozenTrial]:
+    """The trials of the last rung, and the baseline, that a worker has begun."""
+    return [trial for trial in started(session) if is_searched(session, trial)]
+
+
+def places(session: Session) -> Callable[[int], int]:
+    """A trial's place among those of the last rung, by its number; without a ladder the same."""
+    others = [t.number for t in session.trials() if not is_searched(session, t)]
+    return lambda number: number - bisect_left(others, number)
+
+
+def rung_shown(session: Session) -> str | None:
+    """The rung whose trials figures show; None where all trials are trained in full."""
+    ladder = session.file.ladder
+    return None if ladder.rungs == ("full",) else ladder.last
 
 
 def state_of(trial: FrozenTrial) -> State:

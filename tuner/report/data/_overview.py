@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
-from tuner.report.data._moment import number, state_of, still
+from tuner.ladder import rung_of
+from tuner.report.data._moment import is_searched, number, state_of, still
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -36,9 +37,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class BestRecipe:
-    """The best trial's recipe and the strength of logit adjustment to use it with."""
+    """The best trial's recipe and the strength of logit adjustment to use it with.
+
+    ``rung`` is the one it was trained at.
+    """
 
     number: int
+    rung: str
     value: float | None
     tau: float | None
     kappa: float | None
@@ -47,7 +52,11 @@ class BestRecipe:
 
 @dataclass(frozen=True)
 class OverviewData:
-    """Facts of a study; the test part's images are None before it was looked at."""
+    """Facts of a study; the test part's images are None before it was looked at.
+
+    ``states`` and ``budget`` count the trials of the last rung, and the baseline; ``below``
+    those that ended at each rung below it.
+    """
 
     name: str
     metric: str
@@ -55,6 +64,8 @@ class OverviewData:
     floor: tuple[str, float] | None
     states: dict[str, int]
     budget: int
+    last: str
+    below: dict[str, int]
     classes: int
     training: int
     validation: int
@@ -78,8 +89,10 @@ def overview_data(session: Session) -> OverviewData:
         metric=objective.metric,
         adjusted=objective.adjusted,
         floor=(objective.floor.metric, objective.floor.drop) if objective.floor else None,
-        states=dict(Counter(state_of(trial) for trial in session.trials())),
-        budget=session.file.trials(),
+        states=dict(Counter(state_of(t) for t in session.trials() if is_searched(session, t))),
+        budget=session.file.trials() + (session.file.ladder.last != "full"),
+        last=session.file.ladder.last,
+        below=_below(session),
         classes=len(counts),
         training=sum(counts),
         validation=sum(attrs.get("validation_counts", [])),
@@ -96,6 +109,11 @@ def overview_data(session: Session) -> OverviewData:
     )
 
 
+def _below(session: Session) -> dict[str, int]:
+    ended = Counter(rung_of(trial) for trial in session.trials() if trial.state.is_finished())
+    return {rung: ended[rung] for rung in session.file.ladder.rungs[:-1]}
+
+
 def _test_images(verdict: dict[str, Any] | None) -> int | None:
     if not verdict:
         return None
@@ -106,6 +124,7 @@ def _best(session: Session, trial: FrozenTrial) -> BestRecipe:
     attrs = trial.user_attrs
     return BestRecipe(
         number=trial.number,
+        rung=rung_of(trial),
         value=number(trial.value),
         tau=number(attrs.get("tau")) if session.file.objective.adjusted else 0.0,
         kappa=number(attrs.get("kappa")),

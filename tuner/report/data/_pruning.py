@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
+from tuner.ladder import rung_of
 from tuner.metrics import METRICS
-from tuner.report.data._moment import State, better, number, started, state_of, still, value_of
+from tuner.report.data._moment import (
+    State,
+    better,
+    number,
+    places,
+    rung_shown,
+    searched,
+    state_of,
+    still,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -24,10 +35,12 @@ JUDGED = ("behind", "chance")
 class Training:
     """How far a trial was trained, in epochs, of how many planned.
 
-    Of a trial that branched from another's stage one, neither counts the epochs of that.
+    ``place`` is its place among the trials of the last rung. Of a trial that branched from
+    another's stage one, neither counts the epochs of that.
     """
 
     number: int
+    place: int
     state: State
     trained: int
     planned: int
@@ -55,7 +68,8 @@ class PruningData:
     """Epochs trained, and the epochs there would have been without pruning.
 
     ``seconds_saved`` takes each pruned trial's own time per epoch; None when none is known.
-    ``duplicate_epochs`` were not trained because the same recipe's result was known.
+    ``duplicate_epochs`` were not trained because the same recipe's result was known. ``rung``
+    is the last one of a study with a ladder: only its trials are here.
     """
 
     trials: tuple[Training, ...]
@@ -66,13 +80,18 @@ class PruningData:
     duplicates: int
     duplicate_epochs: int
     control: Control
+    rung: str | None
 
 
 def pruning_data(session: Session) -> PruningData:
-    """Add up the epochs of all trials, and look at the control group."""
+    """Add up the epochs of the last rung's trials, and look at the control group.
+
+    The head rung trains no epochs and prunes nothing.
+    """
     session = still(session)
-    trials = started(session)
-    rows = [_training(trial) for trial in trials]
+    place = places(session)
+    trials = [trial for trial in searched(session) if rung_of(trial) != "head"]
+    rows = [_training(trial, place(trial.number)) for trial in trials]
     pruned = [(t, row) for t, row in zip(trials, rows, strict=True) if row.reason in JUDGED]
     seconds = [s for t, row in pruned if (s := _seconds_saved(t, row)) is not None]
     trained = sum(row.trained for row in rows)
@@ -86,17 +105,18 @@ def pruning_data(session: Session) -> PruningData:
         duplicates=len(duplicates),
         duplicate_epochs=sum(row.planned for row in duplicates),
         control=_control(session, [trial for trial, _ in pruned]),
+        rung=rung_shown(session),
     )
 
 
-def _training(trial: FrozenTrial) -> Training:
+def _training(trial: FrozenTrial, place: int) -> Training:
     state = state_of(trial)
     attrs, steps = trial.user_attrs, trial.intermediate_values
-    planned = int(attrs["epochs"])
+    planned, reason = int(attrs["epochs"]), attrs.get("reason")
     if state == "duplicate" or not steps:
-        return Training(trial.number, state, 0, planned, attrs.get("reason"))
+        return Training(trial.number, place, state, 0, planned, reason)
     first, end = min(steps), max(steps) + 1
-    return Training(trial.number, state, end - first, planned - first, attrs.get("reason"))
+    return Training(trial.number, place, state, end - first, planned - first, reason)
 
 
 def _seconds_saved(trial: FrozenTrial, row: Training) -> float | None:

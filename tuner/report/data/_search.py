@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
+from tuner.ladder import rung_of
 from tuner.metrics import METRICS
 from tuner.report.data._moment import (
     State,
@@ -17,7 +18,9 @@ from tuner.report.data._moment import (
     kind_of,
     loss_of,
     number,
-    started,
+    places,
+    rung_shown,
+    searched,
     state_of,
     still,
     summary_of,
@@ -32,10 +35,12 @@ if TYPE_CHECKING:
 class Point:
     """A trial's objective: its last value, or None when there is none.
 
-    ``feasible`` is whether a complete trial keeps the floor; the others are not judged.
+    ``place`` is its place among the trials shown. ``feasible`` is whether a complete trial
+    keeps the floor; the others are not judged.
     """
 
     number: int
+    place: int
     value: float | None
     state: State
     loss: str
@@ -47,7 +52,8 @@ class Point:
 class HistoryData:
     """The objective of every trial, and the best one kept so far after each of them.
 
-    ``baseline`` is plain cross-entropy without adjustment.
+    ``baseline`` is plain cross-entropy without adjustment. ``rung`` is the last one of a study
+    with a ladder: only its trials, and the baseline, are here.
     """
 
     metric: str
@@ -55,7 +61,7 @@ class HistoryData:
     best_so_far: tuple[float | None, ...]
     best: int | None
     baseline: float | None
-    budget: int
+    rung: str | None
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,16 @@ class LossRow:
 
 @dataclass(frozen=True)
 class LossData:
-    """The objective per loss, the loss with the best trial first; duplicates count once."""
+    """The objective per loss, the loss with the best trial first; duplicates count once.
+
+    ``rung`` is the last one of a study with a ladder. A baseline that was trained at another
+    is in no row.
+    """
 
     metric: str
     rows: tuple[LossRow, ...]
     baseline: float | None
+    rung: str | None
 
 
 @dataclass(frozen=True)
@@ -104,36 +115,42 @@ class HeadTailData:
 
 
 def history_data(session: Session) -> HistoryData:
-    """The trials in the order of their numbers."""
+    """The trials of the last rung in the order of their numbers."""
     session = still(session)
     metric, best = session.file.objective.metric, session.best()
-    points = [_point(session, trial) for trial in started(session)]
+    place = places(session)
+    points = [_point(session, trial, place(trial.number)) for trial in searched(session)]
     return HistoryData(
         metric=metric,
         points=tuple(points),
         best_so_far=tuple(_running_best(metric, points)),
         best=None if best is None else best.number,
         baseline=baseline_value(session),
-        budget=session.file.trials(),
+        rung=rung_shown(session),
     )
 
 
 def loss_data(session: Session) -> LossData:
-    """The trials sorted by their loss."""
+    """The trials of the last rung sorted by their loss."""
     session = still(session)
-    metric = session.file.objective.metric
+    metric, place = session.file.objective.metric, places(session)
     grouped: dict[str, list[Point]] = {}
-    for trial in started(session):
-        if state_of(trial) != "duplicate":
-            grouped.setdefault(loss_of(trial), []).append(_point(session, trial))
+    for trial in searched(session):
+        is_of_rung = rung_of(trial) == session.file.ladder.last
+        if is_of_rung and state_of(trial) != "duplicate":
+            point = _point(session, trial, place(trial.number))
+            grouped.setdefault(loss_of(trial), []).append(point)
     rows = [_loss_row(metric, loss, points) for loss, points in grouped.items()]
     sign = -1 if METRICS[metric] == "maximize" else 1
     rows.sort(key=lambda row: (row.best is None, sign * (row.best or 0.0)))
-    return LossData(metric, tuple(rows), baseline_value(session))
+    return LossData(metric, tuple(rows), baseline_value(session), rung_shown(session))
 
 
 def head_tail_data(session: Session) -> HeadTailData:
-    """Head and tail accuracy of the complete trials, judged as the study judges them."""
+    """Head and tail accuracy of the complete trials, judged as the study judges them.
+
+    Trials of rungs below the last one are never complete.
+    """
     session = still(session)
     kind, best, baseline = kind_of(session), session.best(), session.baseline()
     pairs = [
@@ -161,11 +178,12 @@ def head_tail_data(session: Session) -> HeadTailData:
     )
 
 
-def _point(session: Session, trial: FrozenTrial) -> Point:
+def _point(session: Session, trial: FrozenTrial, place: int) -> Point:
     state = state_of(trial)
     judged = state in ("complete", "duplicate")
     feasible = not judged or session.keeps_floor(trial)
-    return Point(trial.number, value_of(trial), state, loss_of(trial), feasible, summary_of(trial))
+    value, loss = value_of(trial), loss_of(trial)
+    return Point(trial.number, place, value, state, loss, feasible, summary_of(trial))
 
 
 def _finished(points: Iterable[Point]) -> list[float]:

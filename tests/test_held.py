@@ -1,0 +1,52 @@
+"""What a rung holds fixed is said by name and value, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import MakeFile
+
+from tuner.held import held_rows, how_held, searched_rows
+from tuner.study import StudyFile
+
+SPACE: dict[str, Any] = {
+    "optimizer": {"sgd": {"lr": {"low": 0.05, "high": 0.5, "log": True}}},
+    "augment": {"standard": {"mixup": [0.2, 1.0]}, "none": {}},
+    "sampler": {"class_aware": {"exponent": {"low": 0.0, "high": 1.0}, "start": [0.0, 0.8]}},
+    "loss": {"cross_entropy": {}, "balanced_softmax": {}},
+}
+
+
+@pytest.fixture
+def file(make_file: MakeFile) -> StudyFile:
+    ladder = {"rungs": ["head", "deferred", "full"], "deferred": {"switch": 0.7}}
+    return make_file(space=SPACE, ladder=ladder)
+
+
+@pytest.mark.parametrize("rung", ["head", "deferred"])
+def test_lower_rung_holds_all_but_loss_and_sampler(file: StudyFile, rung: Any) -> None:
+    held = dict(held_rows(file, rung))
+    assert held["optimizer.sgd.lr"] == "0.1"
+    assert held["sampler.class_aware.start"] == "0.0", "everything acts from the beginning"
+    assert held["augment"] in SPACE["augment"]
+    searched = {name for name, _ in searched_rows(file, rung)}
+    assert searched == {"loss", "sampler.class_aware.exponent"}
+
+
+@pytest.mark.parametrize("rung", ["head", "deferred", "full"])
+def test_what_is_searched_is_not_held(file: StudyFile, rung: Any) -> None:
+    names = {name for name, _ in held_rows(file, rung)}
+    assert not names & {name for name, _ in searched_rows(file, rung)}
+    assert not any(name.startswith("augment.none") for name in names)
+
+
+def test_full_rung_holds_nothing(file: StudyFile) -> None:
+    assert (held_rows(file, "full"), how_held(file, "full")) == ([], "nothing")
+
+
+def test_words_name_the_backbone_or_the_switch(file: StudyFile, make_file: MakeFile) -> None:
+    assert "70 %" in how_held(file, "deferred")
+    assert "the network of plain cross-entropy" in how_held(file, "head")
+    ladder = {"rungs": ["head", "full"], "head": {"backbone": "initial"}}
+    assert "weights_file" in how_held(make_file(ladder=ladder), "head")

@@ -1,0 +1,46 @@
+"""What a rung searches and what it holds fixed, for people."""
+
+from __future__ import annotations
+
+from tuner.ladder import Rung
+from tuner.space import Space
+from tuner.study import StudyFile
+
+
+def searched_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
+    """What a rung searches as (name, what it ranges over)."""
+    return file.space_at(rung).rows()
+
+
+def held_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
+    """What the study searches but this rung holds fixed, as (name, its value here)."""
+    space = file.space_at(rung)
+    open_ = {name for name, _ in space.rows()}
+    closed = [name for name, _ in file.space.rows() if name not in open_]
+    return [(name, value) for name in closed if (value := _value(space, name)) is not None]
+
+
+def how_held(file: StudyFile, rung: Rung) -> str:
+    """Why a rung holds fixed what it does, in a few words."""
+    if rung == "full":
+        return "nothing"
+    if rung == "deferred":
+        switch = f"{100 * file.ladder.deferred.switch:g} %"
+        return f"everything but loss and sampler, which act from {switch} of the training on"
+    backbones = {
+        "baseline": "the network of plain cross-entropy",
+        "initial": "the model as it is built, with the weights_file it is given",
+    }
+    known = backbones[file.ladder.head.backbone]
+    return f"everything but loss and sampler: the classifier alone is trained, on {known}"
+
+
+def _value(space: Space, name: str) -> str | None:
+    """The value a closed hyperparameter has; None where its component is not in the space."""
+    part, _, rest = name.partition(".")
+    branches = space.parts[part]
+    if not rest:
+        return next(iter(branches))
+    component, _, key = rest.partition(".")
+    entry = branches.get(component, {}).get(key)
+    return None if entry is None else str(entry)

@@ -1,0 +1,202 @@
+"""The rungs of a study: what each cost and held fixed, and how two of them rank recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.climbing import at, compared
+from tuner.held import held_rows, how_held
+from tuner.ladder import Agreement, Rung, is_judged, rung_of
+from tuner.report.data._answer import Estimate
+from tuner.report.data._moment import loss_of, number, still
+
+if TYPE_CHECKING:
+    from tuner.session import Session
+
+Decision = Literal["open", "followed", "not followed"]
+
+
+@dataclass(frozen=True)
+class RungRow:
+    """A rung: its trials that ended, of how many planned, what they cost, what it held fixed.
+
+    ``judged`` were trained to the end of the rung, ``promoted`` trained again further up (None
+    at the last rung). ``seconds`` of training are in total, of all tries, None when not known;
+    ``per_trial`` is over the trials that were trained. The ``baseline`` of a study without the
+    full rung has a row of its own.
+    """
+
+    rung: Rung | Literal["baseline"]
+    ended: int
+    planned: int
+    judged: int
+    promoted: int | None
+    seconds: float | None
+    per_trial: float | None
+    why_held: str
+    held: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A recipe that was trained to its end on two rungs, with its objective on both."""
+
+    lower_trial: int
+    upper_trial: int
+    lower: float
+    upper: float
+    loss: str
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two rungs rank the recipes trained on both; Spearman's correlation where it is defined.
+
+    ``decided`` is the correlation over the ``deciders`` that were there when the study had to
+    follow the lower rung or not.
+    """
+
+    lower: Rung
+    upper: Rung
+    twins: tuple[Twin, ...]
+    correlation: Estimate | None
+    decided: Estimate | None
+    deciders: int
+    trust: float
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class LadderData:
+    """The rungs of a study, the cheapest first, and the comparisons of neighbours."""
+
+    metric: str
+    rows: tuple[RungRow, ...]
+    comparisons: tuple[Comparison, ...]
+
+
+def ladder_data(session: Session) -> LadderData | None:
+    """What each rung did, and whether they agree; None in a study with one rung."""
+    session = still(session)
+    ladder = session.file.ladder
+    if len(ladder.rungs) < 2:
+        return None
+    spent = _spent(session)
+    rows = [_row(session, rung, spent) for rung in ladder.rungs]
+    if ladder.last != "full":
+        rows.insert(0, _baseline_row(session, spent))
+    return LadderData(
+        metric=session.file.objective.metric,
+        rows=tuple(rows),
+        comparisons=tuple(
+            _comparison(session, lower, upper)
+            for lower, upper in zip(ladder.rungs, ladder.rungs[1:], strict=False)
+        ),
+    )
+
+
+def _row(session: Session, rung: Rung, spent: dict[int, float]) -> RungRow:
+    file, own = session.file, at(session, rung)
+    tries = [trial for trial in session.trials() if rung_of(trial) == rung]
+    sources = {t.user_attrs.get("promoted_from") for t in session.trials()}
+    seconds, per_trial = _cost(tries, spent)
+    return RungRow(
+        rung=rung,
+        ended=sum(trial.state.is_finished() for trial in own),
+        planned=file.ladder.trials(rung, file.trials()),
+        judged=sum(map(is_judged, own)),
+        promoted=None if rung == file.ladder.last else sum(t.number in sources for t in own),
+        seconds=seconds,
+        per_trial=per_trial,
+        why_held=how_held(file, rung),
+        held=tuple(held_rows(file, rung)),
+    )
+
+
+def _baseline_row(session: Session, spent: dict[int, float]) -> RungRow:
+    own = [trial for trial in session.trials() if trial.user_attrs.get("baseline")]
+    ended, judged = sum(t.state.is_finished() for t in own), sum(map(is_judged, own))
+    seconds, per_trial = _cost(own, spent)
+    why = "everything: it is plain cross-entropy, trained in full"
+    return RungRow("baseline", ended, 1, judged, None, seconds, per_trial, why, ())
+
+
+def _cost(trials: Sequence[FrozenTrial], spent: dict[int, float]) -> tuple[float | None, ...]:
+    known = [spent[trial.number] for trial in trials if spent.get(trial.number)]
+    return (sum(known), sum(known) / len(known)) if known else (None, None)
+
+
+def _spent(session: Session) -> dict[int, float]:
+    """Training seconds of trials by number: as they noted it, else those of their attempts.
+
+    Trials of the head rung, trained together, note none; each attempt has its share.
+    """
+    trials = session.trials()
+    noted = {t.number: number(t.user_attrs.get("seconds")) for t in trials}
+    known = {trial: seconds for trial, seconds in noted.items() if seconds is not None}
+    lacking = {t._trial_id: t.number for t in trials if t.number not in known and _is_over(t)}
+    if lacking and session.ledger.ready():
+        for row in session.ledger.attempts():
+            if row["trial_id"] in lacking:
+                trial = lacking[row["trial_id"]]
+                known[trial] = known.get(trial, 0.0) + row["seconds"]
+    return known
+
+
+def _is_over(trial: FrozenTrial) -> bool:
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and rung_of(trial) == "head"
+
+
+def _comparison(session: Session, lower: Rung, upper: Rung) -> Comparison:
+    trust = session.file.ladder.trust
+    found = compared(session, lower, upper)
+    decisive = compared(session, lower, upper, decisive=True)
+    return Comparison(
+        lower=lower,
+        upper=upper,
+        twins=tuple(_twins(session, lower, upper)),
+        correlation=_estimate(found),
+        decided=_estimate(decisive),
+        deciders=len(decisive.pairs),
+        trust=trust,
+        decision=_decision(session, upper, low=decisive.is_low(trust)),
+    )
+
+
+def _estimate(found: Agreement) -> Estimate | None:
+    if found.correlation is None or found.interval is None:
+        return None
+    return Estimate(found.correlation, found.interval.low, found.interval.high)
+
+
+def _decision(session: Session, upper: Rung, *, low: bool) -> Decision:
+    """It is made once there are other tickets than those of the trials that compare."""
+    compares = {"compares", "baseline"}
+    if all(compares & trial.user_attrs.keys() for trial in at(session, upper)):
+        return "open"
+    return "not followed" if low else "followed"
+
+
+def _twins(session: Session, lower: Rung, upper: Rung) -> list[Twin]:
+    """The trials behind the pairs of ``compared``, in its order."""
+    below = {t.number: t for t in at(session, lower) if is_judged(t)}
+    defaults = {t.user_attrs["preset"]: t for t in below.values() if "preset" in t.user_attrs}
+    twins = []
+    for trial in filter(is_judged, at(session, upper)):
+        attrs = trial.user_attrs
+        plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
+        twin = below.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
+        if twin is not None and "unseen" not in attrs:
+            twins.append(_twin(twin, trial))
+    return twins
+
+
+def _twin(lower: FrozenTrial, upper: FrozenTrial) -> Twin:
+    sampler = str(upper.user_attrs.get("sampler", "unknown"))
+    values = lower.values[0], upper.values[0]
+    return Twin(lower.number, upper.number, *values, loss_of(upper), sampler)
