@@ -23,7 +23,7 @@ losses samplers datasets models augment optim schedules posthoc statistics
 training entries pruning
 recipe
 lane loaded describe space evaluation
-study trainer engines search artifacts
+study trainer engines search artifacts backends
 remote
 storage
 ledger

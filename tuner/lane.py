@@ -18,6 +18,7 @@ from tuner.recipe import Recipe
 from tuner.seeding import derive_seed, generator, seeded
 
 EVALUATION_BATCH = 512
+CACHED_BATCH = 256
 MAX_LOADERS = 4
 
 
@@ -76,7 +77,7 @@ class Lane:
                 data.num_classes, data.image_shape, head=recipe.loss.head
             )
         self._set_head_bias(model)
-        return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return model.to(self.device).to(memory_format=self._layout)  # type: ignore[call-overload, no-any-return]
 
     def _set_head_bias(self, model: Classifier) -> None:
         """Start a sigmoid-type loss at the prior 1/C (Cui et al. 2019)."""
@@ -90,6 +91,11 @@ class Lane:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
         return optimizer  # type: ignore[no-any-return]
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        plain = self.recipe.training.layout == "contiguous"
+        return torch.contiguous_format if plain else torch.channels_last
 
     @property
     def progress(self) -> float:
@@ -189,7 +195,7 @@ class Lane:
         return logits_in_chunks(self._forward, inputs, chunks, self.model)
 
     def _forward(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        inputs = inputs.contiguous(memory_format=self._layout)
         half = self.recipe.training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             logits: Tensor = self.model(inputs)
@@ -218,8 +224,13 @@ class Lane:
         return torch.cat(parts).cpu() * scale
 
     def _evaluation_batch(self) -> int:
-        """Without gradients, twice the images fit even where two large maps are all there is."""
-        return min(EVALUATION_BATCH, 2 * (self.micro_batch or EVALUATION_BATCH))
+        """Without gradients, twice the images fit even where two large maps are all there is.
+
+        On the processor maps of more images leave its cache, and the allocator asks the system
+        for them anew each time: ResNet-20 takes 1.7 times as long with 512 images in float32.
+        """
+        most = CACHED_BATCH if self.device.type == "cpu" else EVALUATION_BATCH
+        return min(most, 2 * (self.micro_batch or most))
 
     def head_state(self) -> tuple[Tensor, Tensor]:
         """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,).
