@@ -50,9 +50,7 @@ def settled(recipe: Recipe, data: Data, device: str) -> Recipe:
     if "auto" not in (training.precision, training.layout):
         return recipe
     best = fastest(training, speeds(recipe, data, device))
-    return replace(
-        recipe, training=replace(training, precision=best.precision, layout=best.layout)
-    )
+    return replace(recipe, training=replace(training, precision=best.precision, layout=best.layout))
 
 
 def fastest(training: Any, measured: list[Speed]) -> Speed:
@@ -98,7 +96,9 @@ def _device_name(device: str) -> str:
 @lru_cache
 def _processor() -> str:
     """Name of the processor, and what it can do as torch sees it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     halves = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]

@@ -164,18 +164,17 @@ def compare(model: str, options: argparse.Namespace) -> None:
         urls = {"tuner": url}
         sides = [
             Contender(side, path, urls.get(side, f"sqlite:///{folder}/{side}.db"), folder)
-            for side in SIDES
+            for side in options.sides
         ]
-        sides[2].train(2)  # the first trials import much, and one of them is the baseline
-        rounds = [{s.side: s.train(_trials(s, options)) for s in sides} for _ in _rounds(options)]
+        sides[-1].train(2)  # the first trials import much, and one of them is the baseline
+        rounds = [
+            {side.side: side.train(_trials(side, options)) for side in sides}
+            for _ in range(options.rounds)
+        ]
         for side in sides:
             side.leave()
     print_table(model, file.budget.epochs, sides[0].sizes, rounds)
     print_limits(file, data, [r["tuner"].per_trial for r in rounds])
-
-
-def _rounds(options: argparse.Namespace) -> range:
-    return range(options.rounds)
 
 
 def _trials(side: Contender, options: argparse.Namespace) -> int:
@@ -190,21 +189,22 @@ def print_table(
         f"\n{model}: {sizes['train']} training and {sizes['validation']} validation images, "
         f"{epochs} epochs per trial, {len(rounds)} rounds, load {os.getloadavg()[0]:.1f}"
     )
-    for side in SIDES:
+    for side in rounds[0]:
         blocks = [r[side] for r in rounds]
         scores = [100 * score for block in blocks for score in block.scores]
         speed = [epochs * sizes["train"] / block.per_trial for block in blocks]
         print(
             f"{side:9} {_spread([b.per_trial for b in blocks])} cpu-s/trial "
             f"{_spread([b.rate for b in blocks])} trials/s {median(speed):8.0f} samples/cpu-s  "
-            f"balanced accuracy {fmean(scores):.1f} ± {_error(scores):.1f} ({len(scores)})  others {100 * median([b.others for b in blocks]):.0f} %"
+            f"balanced accuracy {fmean(scores):.1f} ± {_error(scores):.1f} ({len(scores)})  "
+            f"others {100 * median([b.others for b in blocks]):.0f} %"
         )
     _print_ratios(rounds)
 
 
 def _print_ratios(rounds: Sequence[dict[str, Block]]) -> None:
     quiet = [r for r in rounds if max(block.others for block in r.values()) < QUIET]
-    for side in SIDES[:2]:
+    for side in [side for side in rounds[0] if side != "tuner"]:
         costs = [r[side].per_trial / r["tuner"].per_trial for r in rounds]
         rates = [r["tuner"].rate / r[side].rate for r in rounds]
         calm = [r["tuner"].rate / r[side].rate for r in quiet]
@@ -227,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="train/ and val/, each with a folder per class")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=1, help="per process and round")
     parser.add_argument("--more", type=int, default=4, help="times as many for Tuner")

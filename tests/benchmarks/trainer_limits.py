@@ -70,7 +70,7 @@ def share_of_products(lane: Lane) -> float:
             lane.step(indices, images, share=0.0)
     times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
     products = sum(time for key, time in times.items() if any(name in key for name in PRODUCTS))
-    return products / sum(times.values())
+    return float(products / sum(times.values()))
 
 
 def recipe_of(file: StudyFile, data: Data) -> Recipe:

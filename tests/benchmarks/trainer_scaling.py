@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from statistics import median
 
 import torch
-from statistics import median
 
 from tuner.datasets import Data
 from tuner.datasets._assemble import Rules, assemble
