@@ -29,6 +29,10 @@ from trainer_contenders import BATCH, DECAY, EXPONENT, LR, MOMENTUM, Task, serve
 from trainer_limits import print_limits
 from trainer_scaling import print_scaling
 
+from tuner.session import create
+from tuner.stores import FolderStore
+from tuner.study import load, parse
+
 SIDES = ("ordinary", "tuned", "tuner")
 QUIET = 0.15
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,12 +66,12 @@ class Block:
         return self.trials / self.wall
 
 
-def study(model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The study file: the loop's hyperparameters, and what the ordinary loop calls its own."""
+def study(model: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The study file of a round: a search of what the ordinary loop searches too."""
     side, channels = SIZES[model]
     profile = {"name": "exponential", "ratio": options.ratio}
     return {
-        "name": f"benchmark-{model}",
+        "name": f"{model}-{seed}",
         "data": {
             "name": "image_folder",
             "root": str(options.data.absolute()),
@@ -78,7 +82,7 @@ def study(model: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "objective": {"metric": "balanced_accuracy"},
         "budget": {"trials": 1000, "epochs": options.epochs or EPOCHS[model]},
-        "search": {"algorithm": "random", "pruner": "none"},
+        "search": {"algorithm": "random", "pruner": "none", "seed": seed},
         "model": MODELS[model],
         "training": {"batch_size": BATCH},
         "schedule": {"name": "constant"},
@@ -101,9 +105,9 @@ def study(model: str, options: argparse.Namespace) -> dict[str, Any]:
 class Contender:
     """The processes of one side, which train when they are told to."""
 
-    def __init__(self, side: str, path: Path, url: str, folder: Path) -> None:
+    def __init__(self, side: str, path: Path, url: str, folder: Path, cores: int) -> None:
         self.side = side
-        count, threads = (1, None) if side == "ordinary" else (len(os.sched_getaffinity(0)), 1)
+        count, threads = (1, None) if side == "ordinary" else (cores, 1)
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         with _environment(threads):
@@ -114,11 +118,11 @@ class Contender:
                 self.pipes.append(ours)
         self.sizes = [pipe.recv() for pipe in self.pipes][0]
 
-    def train(self, trials: int) -> Block:
-        """Let every process train so many trials."""
+    def train(self, trials: int, name: str) -> Block:
+        """Let every process train so many trials of the study ``name``."""
         began, busy = time.perf_counter(), _busy()
         for pipe in self.pipes:
-            pipe.send(trials)
+            pipe.send((trials, name))
         answers = [pipe.recv() for pipe in self.pipes]
         wall, cpu = time.perf_counter() - began, sum(answer["cpu"] for answer in answers)
         others = max(0.0, _busy() - busy - cpu) / (wall * (os.cpu_count() or 1))
@@ -150,26 +154,27 @@ def _busy() -> float:
 
 def compare(model: str, options: argparse.Namespace) -> None:
     """Let the contenders take turns, and print what each gave."""
-    from tuner.session import create
-    from tuner.stores import FolderStore
-    from tuner.study import load
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         path, url = folder / "study.toml", f"sqlite:///{folder}/tuner.db"
-        path.write_text(tomli_w.dumps(study(model, options)))
+        path.write_text(tomli_w.dumps(study(model, 0, options)))
         file = load(path)
         data = file.data.build()
-        create(file, url, FolderStore(folder), data)
+        for turn in range(options.rounds + 1):
+            values = study(model, turn, options)
+            own = parse(values, tomli_w.dumps(values), where=f"round {turn}")
+            create(own, url, FolderStore(folder), data)
         urls = {"tuner": url}
         sides = [
-            Contender(side, path, urls.get(side, f"sqlite:///{folder}/{side}.db"), folder)
+            Contender(
+                side, path, urls.get(side, f"sqlite:///{folder}/{side}.db"), folder, options.cores
+            )
             for side in options.sides
         ]
-        sides[-1].train(2)  # the first trials import much, and one of them is the baseline
+        sides[-1].train(1, f"{model}-0")  # the first trial imports much
         rounds = [
-            {side.side: side.train(_trials(side, options)) for side in sides}
-            for _ in range(options.rounds)
+            {side.side: side.train(_trials(side, options), f"{model}-{turn + 1}") for side in sides}
+            for turn in range(options.rounds)
         ]
         for side in sides:
             side.leave()
@@ -191,12 +196,12 @@ def print_table(
     )
     for side in rounds[0]:
         blocks = [r[side] for r in rounds]
-        scores = [100 * score for block in blocks for score in block.scores]
+        scores = [100 * fmean(block.scores) for block in blocks if block.scores]
         speed = [epochs * sizes["train"] / block.per_trial for block in blocks]
         print(
             f"{side:9} {_spread([b.per_trial for b in blocks])} cpu-s/trial "
             f"{_spread([b.rate for b in blocks])} trials/s {median(speed):8.0f} samples/cpu-s  "
-            f"balanced accuracy {fmean(scores):.1f} ± {_error(scores):.1f} ({len(scores)})  "
+            f"balanced accuracy {fmean(scores):.1f} ± {_error(scores):.1f} over rounds  "
             f"others {100 * median([b.others for b in blocks]):.0f} %"
         )
     _print_ratios(rounds)
@@ -229,6 +234,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rounds", type=int, default=3)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--cores", type=int, default=cores, help="processes of a side")
     parser.add_argument("--trials", type=int, default=1, help="per process and round")
     parser.add_argument("--more", type=int, default=4, help="times as many for Tuner")
     parser.add_argument("--epochs", type=int, help="per trial (default: 5, 2 and 1)")

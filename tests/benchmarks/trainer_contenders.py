@@ -34,6 +34,9 @@ BATCH, MOMENTUM, DECAY = 128, 0.9, 5e-4
 LR, EXPONENT = (0.03, 0.06), (0.4, 0.6)
 PADDING = 4
 
+Trials = Callable[[int, str], list[float]]
+"""Trains so many trials of the study of this name; their validation scores."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -55,9 +58,9 @@ def serve(task: Task, pipe: Connection) -> None:
     data = file.data.build()
     trials = _tuner(task, file, data) if task.side == "tuner" else _ordinary(task, file, data)
     pipe.send({"train": len(data.train), "validation": len(data.validation)})
-    while (count := pipe.recv()) is not None:
+    while (message := pipe.recv()) is not None:
         began, before = time.perf_counter(), _processor_seconds()
-        scores = trials(count)
+        scores = trials(*message)
         spent = {"wall": time.perf_counter() - began, "cpu": _processor_seconds() - before}
         pipe.send({**spent, "scores": scores})
 
@@ -68,11 +71,11 @@ def _processor_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def _tuner(task: Task, file: StudyFile, data: Data) -> Callable[[int], list[float]]:
-    """A worker of Tuner, which takes trials from the study's queue."""
-    session: Session = join(file.name, task.url, FolderStore(task.folder), writes=True)
+def _tuner(task: Task, file: StudyFile, data: Data) -> Trials:
+    """A worker of Tuner; every round has a study with a seed of its own."""
 
-    def trials(count: int) -> list[float]:
+    def trials(count: int, name: str) -> list[float]:
+        session: Session = join(name, task.url, FolderStore(task.folder), writes=True)
         numbers: list[int] = []
         work(
             session,
@@ -81,8 +84,9 @@ def _tuner(task: Task, file: StudyFile, data: Data) -> Callable[[int], list[floa
             stop=lambda: len(numbers) == count,
             on_trial=lambda outcome: numbers.append(outcome.number),
         )
-        done = {t.number: t for t in session.trials(TrialState.COMPLETE)}
-        return [done[n].user_attrs["metrics"]["raw"]["balanced_accuracy"] for n in numbers]
+        done = (t for t in session.trials(TrialState.COMPLETE) if t.number in numbers)
+        facts = [trial.user_attrs for trial in done if not trial.user_attrs.get("baseline")]
+        return [each["metrics"]["raw"]["balanced_accuracy"] for each in facts]
 
     return trials
 
@@ -102,7 +106,7 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
-def _ordinary(task: Task, file: StudyFile, data: Data) -> Callable[[int], list[float]]:
+def _ordinary(task: Task, file: StudyFile, data: Data) -> Trials:
     """An Optuna objective over the usual training loop."""
     study = optuna.create_study(
         study_name=task.side,
@@ -113,7 +117,7 @@ def _ordinary(task: Task, file: StudyFile, data: Data) -> Callable[[int], list[f
     )
     loop = OrdinaryLoop(file, data)
 
-    def trials(count: int) -> list[float]:
+    def trials(count: int, _name: str) -> list[float]:
         scores: list[float] = []
 
         def objective(trial: Trial) -> float:

@@ -17,9 +17,9 @@ from tuner.imbalance import TailRule
 from tuner.recipe import Recipe
 from tuner.trainer import epochs
 
-IMAGES = (4_000, 12_600, 40_000)
+IMAGES = (2_000, 6_300, 20_000)
 CLASSES = (20, 63, 200)
-REPEATS = 3
+REPEATS = 2
 EPOCHS = 2
 
 
@@ -80,10 +80,10 @@ def exponent(sizes: Sequence[int], costs: Sequence[float]) -> float:
 def print_scaling() -> None:
     """Costs and fitted exponents; 1 is linear, 0 is flat."""
     torch.set_num_threads(1)
-    cost(made_up(1000, 10), "mlp")
+    cost(made_up(1_000, 10), "mlp")
     for model in ("mlp", "small_cnn"):
         data = [cost(made_up(images, 20), model) for images in IMAGES]
-        classes = [cost(made_up(IMAGES[1], count), model) for count in CLASSES]
+        classes = [cost(made_up(IMAGES[2], count), model) for count in CLASSES]
         for what, sizes, costs in (("images", IMAGES, data), ("classes", CLASSES, classes)):
             shown = ", ".join(f"{s}: {c:.2f}" for s, c in zip(sizes, costs, strict=True))
             fit = exponent(sizes, costs)

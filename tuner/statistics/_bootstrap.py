@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tuner.imbalance import Groups
 
 _CHUNK = 400_000
-_DRAWS = 4_000_000
+_DRAWS = 2_000_000
 _MOST, _FEWEST = 1000, 200
 
 
@@ -69,7 +69,7 @@ def bootstrap_intervals(
     error upwards, by at most the calibration error of the noise alone; that bound is taken for
     the bias. So ECE and classwise ECE are covered 96 to 100 % (but 68 % for the classwise ECE
     of a perfectly calibrated model on 3 images per class), where percentile intervals fell to
-    0 %. ``resamples``: by default 1000, fewer for more than 4000 images and at least 200, which
+    0 %. ``resamples``: by default 1000, fewer for more than 2000 images and at least 200, which
     give the standard deviation to 5 % of itself.
 
     Raises:
