@@ -84,6 +84,18 @@ def test_candidate_that_does_not_work_here_is_left_out(
     assert {speed.precision for speed in speeds(recipe(), digits, "cpu")} == {"float32"}
 
 
+def test_probe_in_which_nothing_works_is_not_kept_and_leaves_the_plain_choice(
+    digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Lane, "step", step)
+    training = settled(recipe(), digits, "cpu").training
+    assert (training.precision, training.layout) == ("float32", "channels_last")
+    assert not cache.exists()
+
+
 def test_damaged_or_unwritable_cache_costs_a_probe_and_nothing_else(
     digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,10 @@ def fastest(training: Any, measured: list[Speed]) -> Speed:
         if training.precision in ("auto", speed.precision)
         and training.layout in ("auto", speed.layout)
     ]
+    if not allowed:
+        # Nothing worked, not even the plain one: out of memory, which training copes with.
+        plain = training.canonical()
+        return Speed(plain.precision, plain.layout, 0.0)
     best = max(allowed, key=lambda speed: speed.images)
     return best if best.images > WORTH * allowed[0].images else allowed[0]
 
@@ -74,7 +78,8 @@ def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
     known = _read(_file()).get(key)
     if known is None:
         known = [vars(speed) for speed in _measured(recipe, data, device)]
-        _write(_file(), key, known)
+        if known:
+            _write(_file(), key, known)
     return [Speed(**values) for values in known]
 
 

@@ -81,7 +81,7 @@ def print_scaling() -> None:
     """Costs and fitted exponents; 1 is linear, 0 is flat."""
     torch.set_num_threads(1)
     cost(made_up(1_000, 10), "mlp")
-    for model in ("mlp", "small_cnn"):
+    for model in ("mlp", "small_cnn"):  # a minute of one core
         data = [cost(made_up(images, 20), model) for images in IMAGES]
         classes = [cost(made_up(IMAGES[2], count), model) for count in CLASSES]
         for what, sizes, costs in (("images", IMAGES, data), ("classes", CLASSES, classes)):
