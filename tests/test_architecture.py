@@ -25,7 +25,7 @@ recipe
 lane loaded describe space evaluation sections
 heads
 ladder
-study trainer engines search artifacts
+study trainer engines search artifacts backends
 remote
 storage
 ledger

@@ -83,7 +83,8 @@ def test_healthy_study_has_nothing_to_do_and_stays_as_it_was(study: str, here: s
     assert trouble(all_) == {}
     checks = {finding.check for finding in all_}
     assert checks >= {"program", "storage", "tables", "latency", "commits", "gpu", "artifacts"}
-    assert checks >= {"study", "order", "workers", "leases", "data"}
+    assert checks >= {"study", "order", "workers", "leases", "data", "speed"}
+    assert "linear: float32 channels_last" in found("speed", all_)[0].found
     assert everything(study) == before
 
 

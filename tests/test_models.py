@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import SMALL, build, check_learns, component, noise
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import TunerError
 from tuner.models import MODELS, CosineHead, set_head_bias
+from tuner.models._layers import GlobalMean, subsampled
 from tuner.models._resnet import Block
-from tuner.seeding import seeded
+from tuner.seeding import generator, seeded
 
 
 def parameters(model: nn.Module) -> int:
@@ -152,3 +154,22 @@ def test_small_cnn_says_when_images_are_too_small_for_its_depth() -> None:
 def test_every_component_says_what_it_is() -> None:
     for name in MODELS:
         assert MODELS[name].__doc__
+
+
+def test_every_second_pixel_is_taken_as_by_slicing() -> None:
+    maps = torch.rand(3, 4, 7, 6, generator=generator("maps"))
+    assert torch.equal(subsampled(maps, 2), maps[:, :, ::2, ::2])
+
+
+def test_mean_over_the_pixels_is_that_of_each_map() -> None:
+    maps = torch.rand(3, 4, 7, 6, generator=generator("maps"))
+    torch.testing.assert_close(GlobalMean()(maps), maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layer", [GlobalMean(), lambda maps: subsampled(maps, 2)])
+def test_gradients_keep_the_layout_of_the_maps(layer: Callable[[Tensor], Tensor]) -> None:
+    """Else every elementwise kernel before the layer takes the slow path."""
+    maps = torch.rand(3, 4, 8, 8, generator=generator("maps"))
+    maps = maps.to(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(maps).square().sum(), maps)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

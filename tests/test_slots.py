@@ -98,7 +98,7 @@ def test_choices_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 def test_every_slot_has_its_thread_budget_in_its_environment() -> None:
     (plan,) = plan_slots(cores=6, slots=1)
-    assert plan.environment == {"OMP_NUM_THREADS": "6", "MKL_NUM_THREADS": "6"}
+    assert plan.environment.items() >= {"OMP_NUM_THREADS": "6", "MKL_NUM_THREADS": "6"}.items()
 
 
 @pytest.mark.parametrize(

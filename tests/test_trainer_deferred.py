@@ -11,8 +11,9 @@ from test_trainer_interruption import stopped, through_a_file
 from torch import Tensor
 from trainer_cases import recipe, trained
 
+from tuner.checkpoint import Snapshot
 from tuner.datasets import Data
-from tuner.lane import Lane, Snapshot
+from tuner.lane import Lane
 from tuner.losses import LOSSES, Loss
 from tuner.recipe import Recipe
 from tuner.trainer import epochs

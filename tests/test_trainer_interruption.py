@@ -15,9 +15,10 @@ from image_folders import dataset, photos
 from trainer_cases import VARIED, recipe, trained
 
 from tuner import checkpoint
+from tuner.checkpoint import Snapshot
 from tuner.datasets import Data, StreamedImages
 from tuner.errors import TunerError
-from tuner.lane import Lane, Snapshot
+from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.trainer import EpochResult, Interrupted, epochs
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner import checkpoint
-from tuner.checkpoint import CheckpointError
-from tuner.lane import Snapshot
+from tuner.checkpoint import CheckpointError, Snapshot
 from tuner.stores import NotThere, Store, StoreError
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -19,7 +19,7 @@ from tuner.posthoc import (
 )
 from tuner.pruning import effective_images
 from tuner.recipe import Recipe
-from tuner.statistics import bootstrap_intervals
+from tuner.statistics import bootstrap_intervals_of_each
 
 Metrics = dict[str, float | None]
 FOLDS = 5
@@ -83,13 +83,12 @@ def assess_validation(logits: Tensor, data: Data, recipe: Recipe) -> Assessment:
 
 def intervals(logits: Tensor, assessment: Assessment, data: Data) -> dict[str, Any]:
     """95 % intervals of the raw and the adjusted validation metrics, as [low, high] or None."""
-    targets = data.validation.targets.cpu()
+    each = bootstrap_intervals_of_each(
+        [logits, assessment.adjusted_logits], data.validation.targets, data.groups, seed=0
+    )
     return {
-        kind: {
-            name: None if found is None else [found.low, found.high]
-            for name, found in bootstrap_intervals(of, targets, data.groups, seed=0).items()
-        }
-        for kind, of in (("raw", logits), ("adjusted", assessment.adjusted_logits))
+        kind: {name: f and [f.low, f.high] for name, f in found.items()}
+        for kind, found in zip(("raw", "adjusted"), each, strict=True)
     }
 
 

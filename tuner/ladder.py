@@ -135,7 +135,7 @@ def space_at(space: Space, ladder: Ladder, rung: Rung) -> Space:
 def _deferred(branches: dict[str, dict[str, Any]], ladder: Ladder) -> dict[str, Any]:
     entries = next(iter(branches.values()))
     kept: dict[str, Any] = {
-        key: entries[key] for key in ("batch_size", "precision") if key in entries
+        key: entries[key] for key in ("batch_size", "precision", "layout") if key in entries
     }
     return kept | {"switch": Fixed(ladder.deferred.switch)}
 

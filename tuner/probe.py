@@ -130,6 +130,6 @@ def _upper(entries: dict[str, Entry], key: str) -> Any:
 
 
 def _with(recipe: Recipe, batch_size: int | None, precision: str | None) -> Recipe:
-    given = {"batch_size": batch_size, "precision": precision}
+    given = {"batch_size": batch_size, "precision": precision or "float32"}
     known = {key: value for key, value in given.items() if value is not None}
     return replace(recipe, training=replace(recipe.training, **known))

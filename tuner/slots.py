@@ -11,6 +11,11 @@ from tuner.errors import TunerError
 
 MOST_PER_GPU = 16
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+KEPT_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**30))
+"""Memory of large maps is kept for the next step instead of being given back to the system.
+
+Evaluation in float32 with maps above 32 MB took up to twice as long without it; glibc only.
+"""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -60,7 +65,8 @@ def plan_slots(
         _only_for_gpus(device, gpus, slots_per_gpu)
         count = slots or (cores if kind == "cpu" else 1)
         own = threads or max(1, cores // count)
-        return [SlotPlan(str(i), device, own, _budget(own)) for i in range(count)]
+        environment = {**_budget(own), **(KEPT_MEMORY if kind == "cpu" else {})}
+        return [SlotPlan(str(i), device, own, environment) for i in range(count)]
     if slots is not None:
         raise TunerError("--slots is for the processor; on GPUs it is --slots-per-gpu")
     if index and gpus is not None:

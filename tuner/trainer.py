@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuner.checkpoint import Snapshot, prefixed, without_prefix
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
-from tuner.lane import Lane, Snapshot, prefixed, without_prefix
+from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.seeding import random_state, seeded, set_random_state
 

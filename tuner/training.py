@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -10,7 +11,8 @@ from pydantic import Field
 from tuner.registry import Registry, component
 from tuner.samplers import ClassAware, Natural
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Layout = Literal["auto", "channels_last", "contiguous"]
 
 LAST = 0.999
 """A share of training that every last epoch has passed, or nearly so."""
@@ -33,17 +35,27 @@ def for_each_stage(components: Sequence[Any], build: Callable[[Any, int], T]) ->
 
 
 class TrainingBase:
-    """What one-stage and two-stage training share."""
+    """What all trainings share.
+
+    ``precision`` and ``layout`` of the activations are "auto" where the machine shall choose: a
+    study's trial takes what is fastest on its first worker, and its recipe says which that was.
+    Outside a study "auto" is float32 in channels_last.
+    """
 
     batch_size: int
     precision: Precision
     classifier_only: bool = False
     reset_head: bool = False
     restart_schedule: bool = False
+    layout: Layout
 
     def canonical(self) -> TrainingBase:
         """The simplest training that does the same."""
-        return self
+        if "auto" not in (self.precision, self.layout):
+            return self
+        precision = "float32" if self.precision == "auto" else self.precision
+        layout = "channels_last" if self.layout == "auto" else self.layout
+        return replace(self, precision=precision, layout=layout)  # type: ignore[type-var]
 
     def canonical_for(self, loss: Any, sampler: Any) -> TrainingBase:
         """The simplest training that does the same with these, which are canonical."""
@@ -72,7 +84,8 @@ class SingleStage(TrainingBase):
     """One stage: the recipe's sampler, loss and schedule from the first epoch to the last."""
 
     batch_size: Annotated[int, Field(ge=2)] = 128
-    precision: Precision = "float32"
+    precision: Precision = "auto"
+    layout: Layout = "auto"
 
 
 @TRAININGS.register("two_stage")
@@ -87,7 +100,8 @@ class TwoStage(TrainingBase):
     """
 
     batch_size: Annotated[int, Field(ge=2)] = 128
-    precision: Precision = "float32"
+    precision: Precision = "auto"
+    layout: Layout = "auto"
     switch: Annotated[float, Field(gt=0, lt=1)] = 0.8
     order: Literal["natural_first", "balanced_first"] = "natural_first"
     classifier_only: bool = False
@@ -128,13 +142,16 @@ class Deferred(TrainingBase):
     """
 
     batch_size: Annotated[int, Field(ge=2)] = 128
-    precision: Precision = "float32"
+    precision: Precision = "auto"
+    layout: Layout = "auto"
     switch: Annotated[float, Field(gt=0, lt=1)] = 0.8
 
     def canonical_for(self, loss: Any, sampler: Any) -> TrainingBase:
         """One stage, where the second one trains as the first."""
         if loss == loss.plain() and sampler == Natural():
-            return SingleStage(batch_size=self.batch_size, precision=self.precision)
+            return SingleStage(
+                batch_size=self.batch_size, precision=self.precision, layout=self.layout
+            )
         return self
 
     def losses(self, loss: Any) -> tuple[Any, ...]:

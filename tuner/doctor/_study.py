@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 
 from tuner import study as files
+from tuner.datasets import Data
 from tuner.doctor._finding import Finding, fail, ok, warn
 from tuner.doctor._storage import has_tables
 from tuner.errors import StorageError, StudyFileError, TunerError
+from tuner.recipe import dump_component
 from tuner.session import Session, join
 from tuner.stores import open_store
 
@@ -128,3 +130,22 @@ def _fingerprint(session: Session, data: Path | None) -> Iterator[Finding]:
         yield fail("data", str(error), "bring the study's data here, or name their folder")
         return
     yield ok("data", f"{loaded.name} is what the study was created with")
+    yield from _speeds(session, loaded)
+
+
+def _speeds(session: Session, data: Data) -> Iterator[Finding]:
+    """How fast each model trains here in each precision and layout, and what trials take."""
+    import torch
+
+    from tuner.backends import fastest, speeds
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    space, on_device = session.file.space, data.to(device)
+    for params in space.variants("model"):
+        recipe = space.suggest(FixedTrial(params))
+        measured = speeds(recipe, on_device, device)
+        best = fastest(recipe.training, measured)
+        each = ", ".join(f"{s.precision} {s.layout} {s.images:.0f}" for s in measured)
+        name = dump_component("model", recipe.model)["name"]
+        yield ok("speed", f"{name}: {each} images/s; trials take {best.precision} {best.layout}")

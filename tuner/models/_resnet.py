@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tuner.models._base import MODELS
 from tuner.models._classifier import Classifier, Head, ImageShape, classifier
+from tuner.models._layers import GlobalMean, subsampled
 from tuner.registry import component
 
 WIDTHS = (16, 32, 64)
@@ -38,7 +39,7 @@ class Block(nn.Module):
             return images
         before = self.new_channels // 2
         padding = [0, 0, 0, 0, before, self.new_channels - before]
-        return F.pad(images[:, :, :: self.stride, :: self.stride], padding)
+        return F.pad(subsampled(images, self.stride), padding)
 
 
 def _backbone(channels: int, blocks: int) -> nn.Module:
@@ -50,7 +51,7 @@ def _backbone(channels: int, blocks: int) -> nn.Module:
         for _ in range(blocks):
             layers.append(Block(inputs, outputs, stride=1 if inputs == outputs else 2))
             inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(*layers, GlobalMean())
 
 
 def _initialize(module: nn.Module) -> None:

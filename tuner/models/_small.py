@@ -10,6 +10,7 @@ from torch import nn
 
 from tuner.models._base import MODELS
 from tuner.models._classifier import Classifier, Head, ImageShape, classifier
+from tuner.models._layers import GlobalMean
 from tuner.registry import component
 
 
@@ -69,7 +70,7 @@ class SmallCNN:
         layers: list[nn.Module] = []
         for stage, (inputs, outputs) in enumerate(pairwise(widths), start=1):
             layers += _stage(inputs, outputs, halve=stage < self.depth)
-        backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
+        backbone = nn.Sequential(*layers, GlobalMean())
         return classifier(backbone, num_classes, image_shape, head=head, name="small_cnn")
 
 

@@ -86,7 +86,7 @@ def run(
 
 def _run(slot: Slot, attempt: Attempt, stop: Callable[[], bool], on_epoch: OnEpoch) -> Outcome:
     session, data = slot.session, slot.data
-    recipe = resolve(session, attempt.trial, data)
+    recipe = resolve(session, attempt.trial, data, slot.device)
     known = equivalent(session, recipe, attempt.number)
     if known is not None:
         return _copy(attempt, known)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.backends import settled
 from tuner.datasets import Data
 from tuner.imbalance import correction_warning
 from tuner.ladder import rung_of
@@ -21,15 +22,21 @@ from tuner.training import TRAININGS
 log = logging.getLogger(__name__)
 
 
-def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
+def resolve(
+    session: Session, trial: Any, data: Data | None = None, device: str | None = None
+) -> Recipe:
     """Recipe of a trial, live or stored; the plain one for the baseline.
 
-    With ``data`` given, the recipe and what follows from it are noted in the trial.
+    With ``data`` given, the recipe and what follows from it are noted in the trial. What it
+    leaves to the machine is chosen for ``device``, unless an earlier attempt did.
     """
     space = session.file.space_at(rung_of(trial))
     recipe = replace(space.suggest(trial), data=session.file.data)
     if trial.user_attrs.get("baseline"):
         recipe = plain(recipe)
+    recipe = _as_before(recipe, trial.user_attrs.get("recipe", {}).get("training", {}))
+    if data is not None and device is not None:
+        recipe = settled(recipe, data, device)
     if data is not None:
         facts: dict[str, Any] = {
             "recipe": recipe.to_dict(),
@@ -52,6 +59,16 @@ def resolve(session: Session, trial: Any, data: Data | None = None) -> Recipe:
     return recipe
 
 
+def _as_before(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
+    """The recipe in the precision and layout of an earlier attempt, where they are open."""
+    chosen = {
+        key: training[key]
+        for key in ("precision", "layout")
+        if getattr(recipe.training, key) == "auto" and key in training
+    }
+    return replace(recipe, training=replace(recipe.training, **chosen))
+
+
 def _warnings(recipe: Recipe, kappa: float) -> Iterator[str]:
     warning = correction_warning(kappa)
     if warning:
@@ -72,7 +89,9 @@ def kept_trials(session: Session) -> set[int]:
 def plain(recipe: Recipe) -> Recipe:
     """The same training with plain cross-entropy and natural sampling in one stage."""
     training = TRAININGS["single_stage"](
-        batch_size=recipe.training.batch_size, precision=recipe.training.precision
+        batch_size=recipe.training.batch_size,
+        precision=recipe.training.precision,
+        layout=recipe.training.layout,
     )
     loss, sampler = PARTS["loss"]["cross_entropy"](), SAMPLERS["natural"]()
     return replace(recipe, loss=loss, sampler=sampler, training=training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tuner import artifacts
-from tuner.lane import Snapshot
+from tuner.checkpoint import Snapshot
 from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.stores import Store
@@ -57,6 +57,7 @@ def _as_deferred(session: Session, recipe: Recipe) -> Recipe:
     deferred = Deferred(
         batch_size=training.batch_size,
         precision=training.precision,
+        layout=training.layout,
         switch=ladder.deferred.switch,
     )
     same = replace(recipe, training=deferred)

@@ -11,10 +11,10 @@ from typing import Any
 from optuna.trial import Trial
 
 from tuner import artifacts
+from tuner.checkpoint import Snapshot
 from tuner.datasets import Data
 from tuner.evaluation import Assessment, assess_validation
 from tuner.ladder import rung_of
-from tuner.lane import Snapshot
 from tuner.losses import LOSSES
 from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behind
 from tuner.recipe import Recipe

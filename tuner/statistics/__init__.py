@@ -7,7 +7,7 @@ by its simulated coverage, and the tests repeat the simulation.
 
 from __future__ import annotations
 
-from tuner.statistics._bootstrap import bootstrap_intervals
+from tuner.statistics._bootstrap import bootstrap_intervals, bootstrap_intervals_of_each
 from tuner.statistics._intervals import (
     Interval,
     geometric_mean_interval,
@@ -22,6 +22,7 @@ __all__ = [
     "Interval",
     "PairedDifference",
     "bootstrap_intervals",
+    "bootstrap_intervals_of_each",
     "geometric_mean_interval",
     "holm",
     "mcnemar",

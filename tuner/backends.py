@@ -1,0 +1,200 @@
+"""Which precision and layout trains fastest here: measured in a short probe, never guessed.
+
+What the probe finds is kept in a small file, so that the workers of a machine measure once, and
+decide alike. A trial's recipe says what it was trained with: its numbers do not depend on a probe
+once it is resolved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.datasets import Data
+from tuner.lane import Lane
+from tuner.recipe import Recipe, dump_component
+from tuner.seeding import seeded
+
+PRECISIONS, LAYOUTS = ("float32", "bfloat16"), ("channels_last", "contiguous")
+ROUNDS = 4
+PIXELS = 2**17
+SMALLEST = 8
+WORTH = 1.05
+"""How much faster than float32 in channels_last another choice must be."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images that a candidate trains on per second."""
+
+    precision: str
+    layout: str
+    images: float
+
+
+def settled(recipe: Recipe, data: Data, device: str) -> Recipe:
+    """The recipe with what its training leaves to the machine chosen by the probe."""
+    training = recipe.training
+    if "auto" not in (training.precision, training.layout):
+        return recipe
+    best = fastest(training, speeds(recipe, data, device))
+    return replace(recipe, training=replace(training, precision=best.precision, layout=best.layout))
+
+
+def fastest(training: Any, measured: list[Speed]) -> Speed:
+    """The fastest candidate that the training allows; the plain one unless it is clearly beaten.
+
+    The plain candidate is the first: float32 in channels_last where both are open.
+    """
+    allowed = [
+        speed
+        for speed in measured
+        if training.precision in ("auto", speed.precision)
+        and training.layout in ("auto", speed.layout)
+    ]
+    if not allowed:
+        # Nothing worked, not even the plain one: out of memory, which training copes with.
+        plain = training.canonical()
+        return Speed(plain.precision, plain.layout, 0.0)
+    best = max(allowed, key=lambda speed: speed.images)
+    return best if best.images > WORTH * allowed[0].images else allowed[0]
+
+
+def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
+    """Training speed of each candidate for the recipe's model and batches on this device."""
+    key = _key(recipe, data, device)
+    known = _read(_file()).get(key)
+    if known is None:
+        known = [vars(speed) for speed in _measured(recipe, data, device)]
+        if known:
+            _write(_file(), key, known)
+    return [Speed(**values) for values in known]
+
+
+def _key(recipe: Recipe, data: Data, device: str) -> str:
+    """What the speeds depend on, short enough for people to find their own in the file."""
+    model = dump_component("model", recipe.model)
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
+    shape = "x".join(map(str, (recipe.training.batch_size, *data.image_shape)))
+    where = f"{_device_name(device)}, {torch.get_num_threads()} threads"
+    return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}"
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} {_processor()}"
+
+
+@lru_cache
+def _processor() -> str:
+    """Name of the processor, and what it can do as torch sees it."""
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    halves = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return " ".join([*(names or [platform.processor()])[:1], *halves])
+
+
+def _measured(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
+    """Fastest of a few steps each, in turns; candidates that do not work here are left out."""
+    indices, images = _batch(recipe, data)
+    steps: dict[tuple[str, str], Callable[[], float]] = {}
+    for candidate in product(PRECISIONS, LAYOUTS):
+        step = _step(recipe, data, device, candidate, indices, images)
+        if step is not None:
+            steps[candidate] = step
+    times = {candidate: [step() for _ in range(2)] for candidate, step in steps.items()}
+    for _ in range(ROUNDS):
+        for candidate, step in steps.items():
+            times[candidate].append(step())
+    for (precision, layout), seconds in times.items():
+        yield Speed(precision, layout, round(len(indices) / min(seconds), 1))
+
+
+def _batch(recipe: Recipe, data: Data) -> tuple[Tensor, Tensor]:
+    """A batch of the recipe's size, or a smaller one where images are large."""
+    _, height, width = data.image_shape
+    size = min(recipe.training.batch_size, max(SMALLEST, PIXELS // (height * width)))
+    indices = torch.arange(min(size, len(data.train)))
+    return indices, next(iter(data.train.images.batches([indices])))
+
+
+def _step(
+    recipe: Recipe,
+    data: Data,
+    device: str,
+    candidate: tuple[str, str],
+    indices: Tensor,
+    images: Tensor,
+) -> Callable[[], float] | None:
+    """A training step that says how many seconds it took; None where it does not work."""
+    training = replace(recipe.training, precision=candidate[0], layout=candidate[1])
+    lane = Lane(replace(recipe, training=training), data, device)
+    lane.begin_epoch()
+    clock = _clock(device)
+
+    def step() -> float:
+        with seeded("probe", device=lane.device):
+            began = clock()
+            lane.step(indices, images, share=0.0)
+            lane.noted.clear()
+            return clock() - began
+
+    try:
+        step()
+    except (RuntimeError, NotImplementedError):
+        return None
+    return step
+
+
+def _clock(device: str) -> Callable[[], float]:
+    """Processor time where one thread does all the work: others on the machine do not count."""
+    if torch.device(device).type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _file() -> Path:
+    """Where speeds are kept: ``TUNER_CACHE``, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner") / "speeds.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, key: str, values: list[dict[str, Any]]) -> None:
+    """Add an entry; one that cannot be kept is measured again another time."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(json.dumps({**_read(path), key: values}, indent=1))
+        own.replace(path)
+    except OSError:
+        return
