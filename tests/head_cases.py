@@ -18,7 +18,7 @@ from tuner.losses import LOSSES, EqualizationLoss, Loss
 from tuner.models import Classifier, CosineHead
 from tuner.recipe import Recipe
 
-SETTINGS = HeadTraining(epochs=3, batch_size=64)
+SETTINGS = HeadTraining(epochs=3, steps=0, batch_size=64)
 
 HYPERPARAMETERS: dict[str, Callable[[Callable[[float, float], float]], dict[str, Any]]] = {
     "weighted_cross_entropy": lambda u: {"power": u(0, 1), "start": 0.5},

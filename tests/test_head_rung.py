@@ -32,11 +32,11 @@ from tuner.worker import work
 SMALL: dict[str, Any] = CLIMBING | {
     "name": "heads",
     "budget": {"trials": 6, "epochs": 3},
-    "ladder": {"rungs": ["head", "full"], "head": {"trials": 24, "epochs": 2}},
+    "ladder": {"rungs": ["head", "full"], "head": {"trials": 24, "epochs": 2, "steps": 0}},
     "model": {"name": "mlp", "width": 16},
 }
 ALONE = SMALL | {
-    "ladder": {"rungs": ["head"], "head": {"epochs": 2}},
+    "ladder": {"rungs": ["head"], "head": {"epochs": 2, "steps": 0}},
     "budget": {"trials": 12, "epochs": 3},
 }
 NUMBERS = range(1, 25)

@@ -165,7 +165,7 @@ def test_few_pairs_decide_nothing_and_say_so() -> None:
     pairs = [(n / 10, -n / 10) for n in range(FEWEST_PAIRS)]
     few = agreement("head", "full", pairs[:-1])
     assert not few.is_low(0.5)
-    assert "5 recipes on both say too little" in str(few)
+    assert "too few recipes trained on both head and full to compare them (5)" in str(few)
     enough = agreement("head", "full", pairs)
     assert enough.is_low(0.5)
     assert str(enough).startswith("head and full rank 6 recipes with correlation -1.00 [")

@@ -174,10 +174,14 @@ def _clock(device: str) -> Callable[[], float]:
     return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _file() -> Path:
-    """Where speeds are kept: ``TUNER_CACHE``, else the user's cache folder."""
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again: ``TUNER_CACHE``, or the user's caches."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner") / "speeds.json"
+    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner")
+
+
+def _file() -> Path:
+    return cache_folder() / "speeds.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -156,15 +156,17 @@ def _seen_rows(session: Session) -> list[tuple[str, str]]:
     return [] if below is None else session.file.space_at(below).rows()
 
 
-def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = False) -> Agreement:
-    """How two rungs rank the recipes that were trained to their end on both.
+def twins(
+    session: Session, lower: Rung, upper: Rung, *, decisive: bool = False
+) -> list[tuple[FrozenTrial, FrozenTrial]]:
+    """Trials of two rungs that were trained to their end with one loss and sampler.
 
     These are the promoted ones and the defaults of each loss; the baseline is that of
     cross-entropy. ``decisive`` leaves those out that came after the decision to follow.
     """
     below = {t.number: t for t in at(session, lower) if is_judged(t)}
     defaults = {t.user_attrs["preset"]: t for t in below.values() if "preset" in t.user_attrs}
-    pairs = []
+    found = []
     for trial in filter(is_judged, at(session, upper)):
         attrs = trial.user_attrs
         if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
@@ -172,8 +174,14 @@ def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = Fal
         plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
         twin = below.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
         if twin is not None:
-            pairs.append((twin.values[0], trial.values[0]))
-    return agreement(lower, upper, pairs)
+            found.append((twin, trial))
+    return found
+
+
+def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = False) -> Agreement:
+    """How two rungs rank the recipes that were trained to their end on both: see ``twins``."""
+    pairs = twins(session, lower, upper, decisive=decisive)
+    return agreement(lower, upper, [(a.values[0], b.values[0]) for a, b in pairs])
 
 
 def ladder_lines(session: Session) -> list[str]:

@@ -159,12 +159,12 @@ class Agreement:
         return self.correlation is not None and self.correlation < trust
 
     def __str__(self) -> str:
-        start = f"{self.lower} and {self.upper} rank"
+        both = f"{self.lower} and {self.upper}"
         if self.correlation is None or self.interval is None:
-            return f"{start} alike or not: {len(self.pairs)} recipes on both say too little"
+            return f"too few recipes trained on both {both} to compare them ({len(self.pairs)})"
         low, high = self.interval.low, self.interval.high
         found = f"{self.correlation:.2f} [{low:.2f}, {high:.2f}]"
-        return f"{start} {len(self.pairs)} recipes with correlation {found}"
+        return f"{both} rank {len(self.pairs)} recipes with correlation {found}"
 
 
 def agreement(lower: Rung, upper: Rung, pairs: list[tuple[float, float]]) -> Agreement:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from optuna.trial import FrozenTrial
 
 from tuner import artifacts
 from tuner.augment import Augmenter
+from tuner.backends import cache_folder
 from tuner.datasets import Data
 from tuner.heads import Features, HeadResult, cached_features, train_heads
 from tuner.ladder import rung_of
@@ -145,7 +145,5 @@ def assembled(recipe: Recipe, found: Backbone, result: HeadResult, data: Data, d
 
 
 def features_folder() -> Path:
-    """Where this machine keeps features: ``TUNER_CACHE``, else beside other caches."""
-    root = os.environ.get("TUNER_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) if root else Path(home) / "tuner" / "features"
+    """Where this machine keeps features."""
+    return cache_folder() / "features"

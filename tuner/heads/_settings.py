@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,7 +24,8 @@ all further steps at once, and need hundreds to recover.
 class HeadTraining:
     """Training of the classifier alone: SGD with momentum, the rate falling by half a cosine.
 
-    ``epochs``: passes over the features, each of as many samples as the training part has.
+    ``epochs``: passes over the features, each of as many samples as the training part has;
+    more where that would be fewer than ``steps`` steps.
     ``lr``: of features that are centred and have a mean squared length of 1, so that one rate
     suits every backbone. ``copies``: copies of the training images whose features are cached;
     the first is plain, the others are augmented. ``batches``: "shared" trains all recipes on
@@ -33,10 +35,16 @@ class HeadTraining:
     """
 
     epochs: Annotated[int, Field(ge=1)] = 10
+    steps: Annotated[int, Field(ge=0)] = 400
     batch_size: Annotated[int, Field(ge=2)] = 256
     lr: Annotated[float, Field(gt=0)] = 10.0
     copies: Annotated[int, Field(ge=1)] = 2
     batches: Literal["shared", "own"] = "shared"
+
+    def for_images(self, images: int) -> HeadTraining:
+        """These settings with as many epochs as ``images`` training images need."""
+        per_epoch = -(-images // self.batch_size)
+        return replace(self, epochs=max(self.epochs, -(-self.steps // per_epoch)))
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` in [0, 1]: half a cosine, down to 0."""

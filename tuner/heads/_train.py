@@ -61,6 +61,7 @@ def train_heads(
         stop: Asked after every step; when it says so, no more results come.
         dtype: Of the computation; float64 is for tests.
     """
+    settings = settings.for_images(len(features.train_targets))
     material = Material(features, data, settings, dtype)
     orders = [Order.of(index, recipe, data) for index, recipe in enumerate(recipes)]
     for like, alike in _partition(orders, settings).items():

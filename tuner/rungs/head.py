@@ -110,9 +110,9 @@ class _Cohort:
         share = (time.perf_counter() - self.started) / max(1, len(self.results))
         outcomes, endings = [], []
         for index, attempt in enumerate(self.attempts):
+            attempt.seconds = share if index in self.results else 0.0
             outcome, state = self._conclude(index, full=index == best)
             end = "preempted" if state == TrialState.WAITING else outcome.state
-            attempt.seconds = share if index in self.results else 0.0
             endings.append(attempt.ending(state, end, outcome.reason, outcome.value))
             outcomes.append(outcome)
         lost = {lease.number for lease in self.session.fenced.finish_all(endings)}
@@ -144,7 +144,12 @@ class _Cohort:
         objective, data = self.session.file.objective, self.data
         value = assessment.value(objective.metric, adjusted=objective.adjusted)
         metrics = metrics_of(assessment)
-        facts = {"metrics": metrics, "tau": assessment.tau, "train_loss": result.train_loss}
+        facts = {
+            "metrics": metrics,
+            "tau": assessment.tau,
+            "train_loss": result.train_loss,
+            "seconds": attempt.seconds,
+        }
         if self.is_last:
             facts["recall_per_class"] = recalls(assessment, data)
             facts["sampling"] = self._sampling(attempt)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from tuner.climbing import at, compared
+from tuner.climbing import at, compared, twins
 from tuner.held import held_rows, how_held
 from tuner.ladder import Agreement, Rung, is_judged, rung_of
 from tuner.report.data._answer import Estimate
@@ -132,24 +132,9 @@ def _cost(trials: Sequence[FrozenTrial], spent: dict[int, float]) -> tuple[float
 
 
 def _spent(session: Session) -> dict[int, float]:
-    """Training seconds of trials by number: as they noted it, else those of their attempts.
-
-    Trials of the head rung, trained together, note none; each attempt has its share.
-    """
-    trials = session.trials()
-    noted = {t.number: number(t.user_attrs.get("seconds")) for t in trials}
-    known = {trial: seconds for trial, seconds in noted.items() if seconds is not None}
-    lacking = {t._trial_id: t.number for t in trials if t.number not in known and _is_over(t)}
-    if lacking and session.ledger.ready():
-        for row in session.ledger.attempts():
-            if row["trial_id"] in lacking:
-                trial = lacking[row["trial_id"]]
-                known[trial] = known.get(trial, 0.0) + row["seconds"]
-    return known
-
-
-def _is_over(trial: FrozenTrial) -> bool:
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and rung_of(trial) == "head"
+    """Training seconds of trials by number; trials trained together note their share."""
+    noted = {t.number: number(t.user_attrs.get("seconds")) for t in session.trials()}
+    return {trial: seconds for trial, seconds in noted.items() if seconds is not None}
 
 
 def _comparison(session: Session, lower: Rung, upper: Rung) -> Comparison:
@@ -159,7 +144,7 @@ def _comparison(session: Session, lower: Rung, upper: Rung) -> Comparison:
     return Comparison(
         lower=lower,
         upper=upper,
-        twins=tuple(_twins(session, lower, upper)),
+        twins=tuple(_twin(*pair) for pair in twins(session, lower, upper)),
         correlation=_estimate(found),
         decided=_estimate(decisive),
         deciders=len(decisive.pairs),
@@ -180,20 +165,6 @@ def _decision(session: Session, upper: Rung, *, low: bool) -> Decision:
     if all(compares & trial.user_attrs.keys() for trial in at(session, upper)):
         return "open"
     return "not followed" if low else "followed"
-
-
-def _twins(session: Session, lower: Rung, upper: Rung) -> list[Twin]:
-    """The trials behind the pairs of ``compared``, in its order."""
-    below = {t.number: t for t in at(session, lower) if is_judged(t)}
-    defaults = {t.user_attrs["preset"]: t for t in below.values() if "preset" in t.user_attrs}
-    twins = []
-    for trial in filter(is_judged, at(session, upper)):
-        attrs = trial.user_attrs
-        plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
-        twin = below.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
-        if twin is not None and "unseen" not in attrs:
-            twins.append(_twin(twin, trial))
-    return twins
 
 
 def _twin(lower: FrozenTrial, upper: FrozenTrial) -> Twin:
