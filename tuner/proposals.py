@@ -25,10 +25,13 @@ BLIND = 3
 def proposing(session: Session, rung: Rung, number: int) -> Study:
     """The study as the algorithm sees it that proposes trial ``number`` of a rung.
 
-    The study that is searched at one rung is seen whole.
+    A study that is searched at one rung is seen whole. At the head rung many proposals learn
+    from the same trials, until ``forget`` is called.
     """
     study, name = _study(session, rung), session.file.search.algorithm
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
+    if rung != "head":
+        forget(session, rung)
     if rung != "head" or name != "tpe":
         study.sampler = algorithm(name, seed)
     elif number % BLIND == 0:

@@ -14,6 +14,7 @@ from tuner import artifacts
 from tuner.augment import Augmenter
 from tuner.backends import cache_folder
 from tuner.datasets import Data
+from tuner.errors import TunerError
 from tuner.heads import Features, HeadResult, cached_features, train_heads
 from tuner.ladder import rung_of
 from tuner.lane import Lane
@@ -94,15 +95,18 @@ def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbon
     else:
         _wait_for_weights(session, baseline)
         lane = trained_lane(session, baseline, data, device)
-    features = cached_features(
-        lane.model,
-        data,
-        _unmixed(lane.recipe, data),
-        copies=settings.copies,
-        seed=lane.recipe.seed,
-        folder=folder,
-    )
-    return Backbone(lane, features)
+    return Backbone(lane, _features(lane, data, settings.copies, folder))
+
+
+def _features(lane: Lane, data: Data, copies: int, folder: Path) -> Features:
+    augment, seed = _unmixed(lane.recipe, data), lane.recipe.seed
+    try:
+        return cached_features(lane.model, data, augment, copies=copies, seed=seed, folder=folder)
+    except OSError as error:
+        raise TunerError(
+            f"features of the head rung cannot be kept in {folder} ({error.strerror or error}); "
+            "make room there, or set TUNER_CACHE to a folder that this worker may write"
+        ) from error
 
 
 def _wait_for_weights(session: Session, trial: FrozenTrial) -> None:

@@ -89,9 +89,9 @@ class FencedStorage(BaseStorage):
         self.ledger.finish(held.lease, held.changes, state=state, values=values, **facts)
         self.drop(trial_id)
 
-    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+    def finish_all(self, endings: Sequence[Ending], **options: Any) -> list[Lease]:
         """End many trials at once; the leases that were lost. See ``Ledger.finish_all``."""
-        lost = self.ledger.finish_all(endings)
+        lost = self.ledger.finish_all(endings, **options)
         for ending in endings:
             self.drop(ending.lease.trial_id)
         return lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -148,7 +149,7 @@ class Ledger(Reads):
         self._write(action, patience)
         changes.clear()
 
-    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+    def finish_all(self, endings: Sequence[Ending], *, patience: float = PATIENCE) -> list[Lease]:
         """End many trials in one transaction, as ``finish`` ends one.
 
         Returns:
@@ -157,7 +158,8 @@ class Ledger(Reads):
         left, lost = list(endings), []
         while left:
             try:
-                self._write(lambda c: _queue.finish_all(c, self.study_id, left))  # noqa: B023
+                action = partial(_queue.finish_all, study_id=self.study_id, endings=left)
+                self._write(action, patience)
                 break
             except LeaseLostError as error:
                 lost.append(error.lease)

@@ -129,10 +129,11 @@ class RemoteLedger(Ledger):
     def claim_alike(self, worker: tuple[str, int], rung: str, most: int) -> list[Lease]:
         return list(self._call("claim_alike", worker, rung, most))
 
-    def finish_all(self, endings: Sequence[Ending]) -> list[Lease]:
+    def finish_all(self, endings: Sequence[Ending], *, patience: float = PATIENCE) -> list[Lease]:
         lost: list[Lease] = []
         for begin in range(0, len(endings), ENDINGS):
-            lost += self._call("finish_all", endings[begin : begin + ENDINGS])
+            page = endings[begin : begin + ENDINGS]
+            lost += self._call("finish_all", page, patience=patience)
         for ending in endings:
             ending.changes.clear()
         return lost

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from tuner import artifacts
@@ -17,7 +19,7 @@ from tuner.ledger import LeaseLostError
 from tuner.metrics import METRICS
 from tuner.proposals import forget
 from tuner.recipe import Recipe
-from tuner.rungs.attempt import Attempt
+from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
 from tuner.rungs.memory import is_out_of_memory
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.recipes import kept_trials, resolve
@@ -67,12 +69,14 @@ def _backbone(slot: Slot) -> Backbone:
 
 
 def _put_back(slot: Slot, attempts: Sequence[Attempt]) -> None:
-    """Put trials back whose training did not come to an end."""
+    """Put trials back whose training did not come to an end; if that fails, leases run out."""
     fenced = slot.session.fenced
     held = [a for a in attempts if a.lease.trial_id in fenced.held]
     for attempt in held:
         attempt.forget_writes()
-    fenced.finish_all([attempt.ending(TrialState.WAITING, "released", "error") for attempt in held])
+    endings = [attempt.ending(TrialState.WAITING, "released", "error") for attempt in held]
+    with contextlib.suppress(SQLAlchemyError):
+        fenced.finish_all(endings, patience=LEAVING_SECONDS)
 
 
 class _Cohort:
