@@ -49,4 +49,5 @@ def test_words_name_the_backbone_or_the_switch(file: StudyFile, make_file: MakeF
     assert "70 %" in how_held(file, "deferred")
     assert "the network of plain cross-entropy" in how_held(file, "head")
     ladder = {"rungs": ["head", "full"], "head": {"backbone": "initial"}}
-    assert "weights_file" in how_held(make_file(ladder=ladder), "head")
+    own = {"name": "torchvision", "architecture": "resnet18", "weights_file": "mine.pth"}
+    assert "weights_file" in how_held(make_file(ladder=ladder, model=own), "head")

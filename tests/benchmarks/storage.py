@@ -48,7 +48,9 @@ def measure(side: str, url: str, workers: int, options: argparse.Namespace, name
     context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         barrier = context.Barrier(workers)
-        tasks = [Task(side, url, name, i, options.seconds, folder) for i in range(workers)]
+        tasks = [
+            Task(side, url, name, i, options.seconds, folder, options.epoch) for i in range(workers)
+        ]
         processes = [
             context.Process(target=run, args=(task, barrier), daemon=True) for task in tasks
         ]
@@ -57,10 +59,10 @@ def measure(side: str, url: str, workers: int, options: argparse.Namespace, name
         for process in processes:
             process.join()
         files = sorted(Path(folder).glob("*.json"))
-        return summary([json.loads(file.read_text()) for file in files], workers)
+        return summary([json.loads(file.read_text()) for file in files], workers, options.epoch)
 
 
-def summary(found: Sequence[Figures], workers: int) -> Figures:
+def summary(found: Sequence[Figures], workers: int, epoch: float) -> Figures:
     """One line of figures from those of every worker; milliseconds, but for ``first``."""
     ends = [end for one in found for end in one["ends"]]
     began = min(one["began"] for one in found)
@@ -68,6 +70,8 @@ def summary(found: Sequence[Figures], workers: int) -> Figures:
     first = max(one["first"] for one in found)
     begun = Counter(number for one in found for number, _ in one["begun"])
     errors = Counter(one["error"] for one in found if one["error"])
+    spent = sum(sum(sum(times) for times in one["times"].values()) for one in found)
+    trained = epoch * sum(len(one["times"].get("report", [])) for one in found)
     assert not any(one["torch"] for one in found), "a worker imported torch"
     return {
         "trials": len(ends),
@@ -78,6 +82,7 @@ def summary(found: Sequence[Figures], workers: int) -> Figures:
         "p95": {o: 1000 * share(found, o, 0.95) for o in OPERATIONS},
         "statements": sum(one["statements"] for one in found) / max(len(ends), 1),
         "processor": 1000 * sum(one["processor"] for one in found) / max(len(ends), 1),
+        "share": 100 * spent / trained if trained else 0.0,
         "crashes": workers - sum(one["error"] is None for one in found),
         "doubles": sum(times > 1 for times in begun.values()),
         "errors": dict(errors),
@@ -128,7 +133,7 @@ def queue(url: str, finished: int) -> None:
 
 HEAD = (
     "| workers | finished | plain trials/s | Tuner trials/s | ratio | claim | report | prune "
-    "| tell | statements | processor ms | first trial s | crashes | doubles |"
+    "| tell | statements | processor ms | first trial s | % of training | crashes | doubles |"
 )
 RULE = "|---" * (HEAD.count("|") - 1) + "|"
 
@@ -137,6 +142,7 @@ COSTS = {
     "statements": ".0f",
     "processor": ".0f",
     "first": ".1f",
+    "share": ".2f",
     "crashes": ".1f",
     "doubles": ".1f",
 }
@@ -205,6 +211,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--finished", type=int, nargs="+", default=[0, 1000, 10000])
     parser.add_argument("--algorithms", nargs="+", default=["tpe", "random"])
     parser.add_argument("--seconds", type=float, default=6.0, help="time of one measurement")
+    parser.add_argument(
+        "--epoch", type=float, default=0.0, help="seconds that an epoch is said to train"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="measurements of every point")
     parser.add_argument("--queued", action="store_true", help="plain Optuna has a queue as well")
     parser.add_argument("--reads", action="store_true", help="only one pruning read, alone")

@@ -44,6 +44,7 @@ class Task:
     number: int
     seconds: float
     folder: str
+    epoch: float = 0.0
 
 
 @dataclass
@@ -128,6 +129,7 @@ def train(trial: Trial, watch: Watch, tell: Any) -> float:
     watch.stop("suggest")
     best = 1 - (trial.params["share"] - 0.5) ** 2 - 0.1 * (trial.params["loss"] != "ldam")
     for step in range(STEPS_PER_TRIAL):
+        time.sleep(watch.task.epoch)
         tell(trial, step, best * (step + 1) / STEPS_PER_TRIAL)
     watch.start()
     return float(best)
