@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from optuna.trial import Trial, TrialState
 from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
@@ -106,15 +107,26 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
+def _study(task: Task, tries: int = 5) -> optuna.Study:
+    """The study of a side; Optuna's processes that make tables at the same time make them fail."""
+    try:
+        return optuna.create_study(
+            study_name=task.side,
+            storage=task.url,
+            direction="maximize",
+            load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),
+        )
+    except SQLAlchemyError:
+        if tries == 1:
+            raise
+        time.sleep(1.0)
+        return _study(task, tries - 1)
+
+
 def _ordinary(task: Task, file: StudyFile, data: Data) -> Trials:
     """An Optuna objective over the usual training loop."""
-    study = optuna.create_study(
-        study_name=task.side,
-        storage=task.url,
-        direction="maximize",
-        load_if_exists=True,
-        sampler=optuna.samplers.RandomSampler(),
-    )
+    study = _study(task)
     loop = OrdinaryLoop(file, data)
 
     def trials(count: int, _name: str) -> list[float]:
