@@ -108,6 +108,25 @@ def test_cohort_that_is_told_to_stop_puts_back_what_it_did_not_train(
     assert not ready.trials(TrialState.WAITING)
 
 
+def test_cohort_stopped_by_an_order_says_which_in_its_record(
+    ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ordered(*arguments: Any, **options: Any) -> Iterator[tuple[int, HeadResult]]:
+        order = ready.ledger.give_order("stop", "asked for", "repair")
+        busy.pulse.hear(order)
+        yield from train_heads(*arguments, **options)
+
+    claimed = lease(ready)
+    assert claimed is not None
+    busy = slot(ready, digits, claimed)
+    monkeypatch.setattr(head, "train_heads", ordered)
+    outcome = run(busy, claimed, stop=lambda: False)
+    assert (outcome.state, outcome.reason) == ("interrupted", "stop: asked for")
+    ends = {(a["end"], a["reason"]) for a in ready.ledger.attempts()}
+    assert ends == {("complete", None), ("preempted", "stop: asked for")}
+    assert len(ready.trials(TrialState.WAITING)) == 24
+
+
 def test_trials_of_a_cohort_that_others_got_meanwhile_are_theirs(
     ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,11 @@ class Attempt:
         changes = self.session.fenced.held[self.lease.trial_id].changes
         return Ending(self.lease, changes, state.name, end, values, reason, seconds=self.seconds)
 
+    def why_stopped(self) -> str:
+        """What made this worker stop before the end: a signal, or the fleet's order."""
+        order = self.pulse.order
+        return "signal" if order.state == "run" else f"{order.state}: {order.reason or 'asked for'}"
+
     def drop(self) -> None:
         """Forget the trial: it is another worker's."""
         self.pulse.drop()

@@ -116,8 +116,7 @@ def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | St
         return _end(attempt, "pruned", done.reason)
     if attempt.pulse.lost:
         raise LeaseLostError
-    order = attempt.pulse.order
-    reason = "signal" if order.state == "run" else f"{order.state}: {order.reason or 'asked for'}"
+    reason = attempt.why_stopped()
     attempt.give_back("preempted", reason)
     return Outcome(attempt.number, "interrupted", reason)
 

@@ -130,7 +130,8 @@ class _Cohort:
         attempt = self.attempts[index]
         if index not in self.results:
             attempt.forget_writes()
-            return Outcome(attempt.number, "interrupted", "signal"), TrialState.WAITING
+            reason = attempt.why_stopped()
+            return Outcome(attempt.number, "interrupted", reason), TrialState.WAITING
         result, assessment = self.results[index]
         if result.diverged:
             attempt.note({"reason": "not_finite"})
