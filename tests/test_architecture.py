@@ -23,6 +23,7 @@ losses samplers datasets models augment optim schedules posthoc statistics
 training entries pruning
 recipe
 lane loaded describe space evaluation sections
+steps
 heads
 ladder
 study trainer engines search artifacts backends

@@ -15,6 +15,7 @@ from tuner import artifacts
 from tuner.datasets import Data, ResidentImages, StreamedImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
+from tuner.models import head_state
 from tuner.stores import FolderStore
 from tuner.trainer import epochs
 
@@ -106,7 +107,7 @@ def test_cosine_head_gives_logits_on_the_scale_of_its_loss(digits: Data) -> None
     lane = Lane(recipe(loss={"name": "ldam", "scale": 20.0}), digits, "cpu")
     logits = lane.logits(digits.validation.images)
     assert 1 < logits.abs().max() <= 20
-    norms, bias = lane.head_state()
+    norms, bias = head_state(lane.model.head)
     assert norms.eq(1).all()
     assert bias.eq(0).all()
 

@@ -17,6 +17,8 @@ from tuner.errors import TunerError
 from tuner.stores import write_whole
 
 FORMAT = "tuner-checkpoint-1"
+EXECUTION = ("foreach", "fused", "capturable")
+"""Options of optimizers that say how they compute on a device, and nothing of what."""
 
 
 class CheckpointError(TunerError):
@@ -86,7 +88,8 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
         ("state", state["state"]),
         ("groups", dict(enumerate(state["param_groups"]))),
     ):
-        for index, entries in parts.items():
+        for index, given in parts.items():
+            entries = _as_numbers(given) if kind == "groups" else given
             values[kind][str(index)] = {
                 key: value for key, value in entries.items() if not isinstance(value, Tensor)
             }
@@ -96,10 +99,21 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, values
 
 
+def _as_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of parameters whose learning rate may lie on a device, without what is its own."""
+    return {
+        key: value.item() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key not in EXECUTION
+    }
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Put back what ``flatten_optimizer`` returned into an optimizer built alike.
+
+    How it computes, and on which device its learning rates lie, stays as it was built.
 
     Raises:
         CheckpointError: The state is of an optimizer over other parameters.
@@ -112,11 +126,19 @@ def restore_optimizer(
         kind, index, key = name.split(".", 2)
         parts[kind][int(index)][key] = tensor
     groups = [_tuples(parts["groups"][index]) for index in sorted(parts["groups"])]
+    for own, group in zip(optimizer.param_groups, groups, strict=False):
+        _keep_execution(own, group)
     try:
         _check_shapes(optimizer, parts["state"])
         optimizer.load_state_dict({"state": parts["state"], "param_groups": groups})
     except ValueError as error:
         raise CheckpointError(f"optimizer state does not fit the model: {error}") from error
+
+
+def _keep_execution(own: Mapping[str, Any], group: dict[str, Any]) -> None:
+    group.update({key: own[key] for key in EXECUTION if key in own})
+    if isinstance(own["lr"], Tensor):
+        group["lr"] = torch.full_like(own["lr"], group["lr"])
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, dict[str, Any]]) -> None:

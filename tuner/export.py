@@ -22,6 +22,7 @@ from tuner.imbalance import log_priors
 from tuner.ladder import is_judged, rung_of
 from tuner.lane import Lane
 from tuner.loaded import LoadedRecipe
+from tuner.models import head_state
 from tuner.posthoc import class_thresholds
 from tuner.session import Session
 from tuner.trained import stored_recipe, trained_lane
@@ -88,7 +89,7 @@ def measured(trial: FrozenTrial, lane: Lane, data: Data) -> dict[str, Any]:
     found = {
         "intervals": intervals(logits, assessment, data),
         "recall_per_class": recalls(assessment, data),
-        "extras": extras(logits, *lane.head_state(), targets, data.groups),
+        "extras": extras(logits, *head_state(lane.model.head), targets, data.groups),
         "sampling": lane.samplers[-1].describe(),
     }
     return attrs | {key: found[key] for key in missing}

@@ -20,6 +20,7 @@ from tuner.chunks import logits_in_chunks, number_of_chunks
 from tuner.datasets import Data, Images
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
+from tuner.optim import on_gpu, set_rate
 from tuner.recipe import Recipe
 from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import for_each_stage
@@ -90,6 +91,8 @@ class Lane:
         optimizer = self.recipe.optimizer.build(self.model, no_decay=("head.bias",) if free else ())
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
+        if self.device.type == "cuda":
+            on_gpu(optimizer, self.device)
         return optimizer  # type: ignore[no-any-return]
 
     @property
@@ -162,22 +165,32 @@ class Lane:
     def step(self, indices: Tensor, images: Tensor, *, share: float) -> Tensor:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
         targets = self.train_targets[indices.to(self.device)]
-        self._set_learning_rate(share)
+        for group, rate in zip(self.optimizer.param_groups, self.rates(share), strict=True):
+            set_rate(group, rate)
         inputs, soft = self.augment(
             images.to(self.device, non_blocking=True), targets, self.generator, self.progress
         )
+        loss, losses = self.learn(inputs, soft, targets)
+        if losses is not None:
+            self.noted.append((indices, losses))
+        return loss
+
+    def learn(self, inputs: Tensor, soft: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One optimizer step from augmented images; nothing is drawn but by the model.
+
+        Returns:
+            The batch's loss, detached, and for a sampler that asks for them the cross-entropy of
+            each image (B,).
+        """
         logits = self._training_logits(inputs)
+        losses = None
         if self.samplers[self.stage].needs_losses:
-            self._note_losses(indices, logits, targets)
+            losses = nn.functional.cross_entropy(logits.detach(), targets, reduction="none")
         loss: Tensor = self.loss(logits, soft)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return loss.detach()
-
-    def _note_losses(self, indices: Tensor, logits: Tensor, targets: Tensor) -> None:
-        losses = nn.functional.cross_entropy(logits.detach(), targets, reduction="none")
-        self.noted.append((indices, losses))
+        return loss.detach(), losses
 
     def end_epoch(self) -> None:
         """Hand the epoch's losses to a sampler that asks for them, and count the epoch."""
@@ -206,15 +219,15 @@ class Lane:
             logits: Tensor = self.model(inputs)
         return logits.float()
 
-    def _set_learning_rate(self, share: float) -> None:
+    def rates(self, share: float) -> list[float]:
+        """Learning rate of each parameter group at ``share`` of the epoch."""
         epoch, epochs = self.epoch + share, self.recipe.epochs
         training = self.recipe.training
         if self.stage > 0 and training.restart_schedule:
             first = self.recipe.switch_epoch()
             epoch, epochs = epoch - first, epochs - first
         factor = self.recipe.schedule.factor(epoch, epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        return [group["base_lr"] * factor for group in self.optimizer.param_groups]
 
     @torch.inference_mode()
     def logits(self, images: Images) -> Tensor:
@@ -236,20 +249,6 @@ class Lane:
         """
         most = CACHED_BATCH if self.device.type == "cpu" else EVALUATION_BATCH
         return min(most, 2 * (self.micro_batch or most))
-
-    def head_state(self) -> tuple[Tensor, Tensor]:
-        """L2 norms of the classifier's rows and its bias (zeros when it has none), both (C,).
-
-        A cosine head divides by the norms itself: they are 1.
-        """
-        head = self.model.head
-        if self.recipe.loss.head == "cosine":
-            ones = torch.ones(self.data.num_classes)
-            return ones, torch.zeros_like(ones)
-        weight = head.weight.detach().float().cpu()
-        bias = getattr(head, "bias", None)
-        norms = weight.norm(dim=1)
-        return norms, torch.zeros_like(norms) if bias is None else bias.detach().float().cpu()
 
     def snapshot(self) -> Snapshot:
         """Copy of everything that changes during training."""

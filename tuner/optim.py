@@ -32,6 +32,28 @@ class OptimizerComponent(ABC):
         """
 
 
+def on_gpu(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let an optimizer run inside a CUDA graph: its learning rates are tensors on the device.
+
+    Fused where torch can, so that a step is a few kernels. One that knows no such option is left
+    as it is, and computes as its author meant.
+    """
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            group["fused"], group["foreach"] = True, False
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group, in place where it lies on a device."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 OPTIMIZERS: Registry[OptimizerComponent] = Registry("optimizer")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,3 +50,39 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Let cuDNN choose only algorithms that give the same bits each time, inside the block."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def generator_state(device: torch.device) -> torch.Generator:
+    """A generator of a CUDA device for one lane's graphs; the device's own is not touched."""
+    return torch.cuda.default_generators[_index(device)].clone_state()
+
+
+@contextmanager
+def drawing_from(own: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Let what draws from the device's global generator draw from ``own`` inside the block."""
+    default = torch.cuda.default_generators[_index(device)]
+    before = default.graphsafe_get_state()
+    default.graphsafe_set_state(own)
+    try:
+        yield
+    finally:
+        default.graphsafe_set_state(before)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

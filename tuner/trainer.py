@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -16,9 +16,11 @@ from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
-from tuner.seeding import random_state, seeded, set_random_state
+from tuner.seeding import repeatable
+from tuner.steps import Execution, Steps, steps_of
 
 Stop = Callable[[], bool]
+NAP_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def epochs(
     resume: Snapshot | None = None,
     stop: Stop = lambda: False,
     micro_batch: int | None = None,
+    execution: Execution = "auto",
 ) -> Iterator[EpochResult]:
     """Train ``recipe`` on ``data``, epoch after epoch, from the start or from a snapshot.
 
@@ -78,13 +81,15 @@ def epochs(
         resume: Snapshot of the same recipe, of ``EpochResult`` or of ``Interrupted``; or of
             another recipe with the same ``stage_one_key``, taken before the switch. It goes on
             as if it had trained that stage itself.
-        stop: Asked after every step. When it says so within an epoch, ``Interrupted`` is
-            raised; after an epoch's last step the epoch is finished and yielded.
+        stop: Asked after every step, or chunk of steps on a GPU. When it says so within an
+            epoch, ``Interrupted`` is raised; after an epoch's last step the epoch is finished
+            and yielded.
         micro_batch: The model sees at most so many images at a time, for a device that runs
             out of memory with whole batches; at least 2. Loss, augmentation and learning rate
             remain those of the whole batch, and so does the gradient up to rounding. But
             batch norm sees chunks and dropout draws per chunk, and every step makes a second
             forward pass. Snapshots taken with and without it are interchangeable.
+        execution: How steps are executed; see ``steps_of``.
 
     Raises:
         Interrupted: ``stop`` said so within an epoch.
@@ -92,14 +97,38 @@ def epochs(
         ValueError: ``resume`` belongs to another recipe (see ``Recipe.refusal``), or
             ``micro_batch`` is below 2.
     """
+    options = {"resume": resume, "stop": stop, "micro_batch": micro_batch, "execution": execution}
+    for result in epochs_in_turns(recipe, data, device=device, **options):  # type: ignore[arg-type]
+        if result is None:
+            time.sleep(NAP_SECONDS)
+        else:
+            yield result
+
+
+def epochs_in_turns(
+    recipe: Recipe,
+    data: Data,
+    *,
+    device: str = "cpu",
+    resume: Snapshot | None = None,
+    stop: Stop = lambda: False,
+    micro_batch: int | None = None,
+    execution: Execution = "auto",
+) -> Generator[EpochResult | None, None, None]:
+    """``epochs`` for one of several trainings on a device: None where it would wait.
+
+    Whoever gets None lets others go on, and comes back a little later.
+    """
     lane = Lane(recipe, data, device, micro_batch=micro_batch)
     if resume is not None:
         lane.restore(resume)
+    steps = steps_of(lane, execution)
     while lane.epoch < recipe.epochs:
-        epoch = _Epoch(lane, resume)
+        epoch = _Epoch(lane, steps, resume)
         resume = None
-        train_loss = epoch.train(stop)
-        logits = lane.logits(data.validation.images)
+        train_loss = yield from epoch.train(stop)
+        with repeatable(lane.device):
+            logits = lane.logits(data.validation.images)
         if not torch.isfinite(logits).all():
             raise NonFiniteError(f"validation logits are not finite in epoch {lane.epoch}")
         lane.end_epoch()
@@ -117,23 +146,23 @@ def epochs(
 class _Epoch:
     """The epoch at hand: one pass over the sampler's plan, and how far it has come."""
 
-    def __init__(self, lane: Lane, resume: Snapshot | None) -> None:
+    def __init__(self, lane: Lane, steps: Steps, resume: Snapshot | None) -> None:
         self.started = time.perf_counter()
-        self.lane = lane
+        self.lane, self.steps = lane, steps
         lane.begin_epoch()
+        steps.total.zero_()
         if resume is not None and "step" in resume.meta:
             self._go_on(without_prefix("epoch", resume.tensors), resume.meta["step"])
         else:
             self.batches = lane.plan()
             self.step = 0
-            self.total = torch.zeros((), dtype=torch.float64, device=lane.device)
             self.random: Mapping[str, Tensor] | None = None
         self.samples = sum(len(batch) for batch in self.batches[self.step :])
 
     def _go_on(self, tensors: Mapping[str, Tensor], step: int) -> None:
         self.batches = list(torch.split(tensors["indices"], tensors["sizes"].tolist()))
         self.step = step
-        self.total = tensors["total"].to(self.lane.device, copy=True)
+        self.steps.total.copy_(tensors["total"])
         self.random = without_prefix("random", tensors)
 
     @property
@@ -141,31 +170,26 @@ class _Epoch:
         """Time since this epoch began here."""
         return time.perf_counter() - self.started
 
-    def train(self, stop: Stop) -> float:
+    def train(self, stop: Stop) -> Generator[None, None, float]:
         """The steps that are left; the mean training loss of all steps.
 
         Raises:
             Interrupted: ``stop`` said so before the last step.
             NonFiniteError: The mean training loss is not finite.
         """
-        lane = self.lane
-        # Dropout draws from the global generator; a seed per epoch keeps training resumable.
-        # Closing ends the processes that load images, also while an exception is alive.
-        with (
-            seeded(lane.recipe.seed, "epoch", lane.epoch, device=lane.device),
-            closing(lane.images(self.batches[self.step :])) as loaded,
-        ):
-            if self.random is not None:
-                set_random_state(self.random, lane.device)
-            for indices, images in loaded:
-                loss = lane.step(indices, images, share=self.step / len(self.batches))
-                self.total += loss.double() * len(indices)
-                self.step += 1
+        with closing(self.steps.run(self.batches, self.step, self.random)) as running:
+            for done in running:
+                if done is None:
+                    yield
+                    continue
+                self.step = done
                 if stop() and self.step < len(self.batches):
-                    raise self._interrupted()
-        mean = float(self.total) / sum(len(batch) for batch in self.batches)
+                    self.step = self.steps.settle(done)
+                    if self.step < len(self.batches):
+                        raise self._interrupted()
+        mean = float(self.steps.total) / sum(len(batch) for batch in self.batches)
         if not math.isfinite(mean):
-            raise NonFiniteError(f"training loss is {mean} in epoch {lane.epoch}")
+            raise NonFiniteError(f"training loss is {mean} in epoch {self.lane.epoch}")
         return mean
 
     def _interrupted(self) -> Interrupted:
@@ -173,12 +197,12 @@ class _Epoch:
         return Interrupted(snapshot, epoch=self.lane.epoch, step=self.step, seconds=self.seconds)
 
     def _snapshot(self) -> Snapshot:
-        """The lane's state, and that of the epoch: plan, loss so far, global generators."""
+        """The lane's state, and that of the epoch: plan, loss so far, random numbers."""
         own = {
             "indices": torch.cat(self.batches),
             "sizes": torch.tensor([len(batch) for batch in self.batches]),
-            "total": self.total.cpu().clone(),
-            **prefixed("random", random_state(self.lane.device)),
+            "total": self.steps.total.cpu().clone(),
+            **prefixed("random", self.steps.random_state()),
         }
         lane = self.lane.snapshot()
         return Snapshot(

@@ -14,6 +14,7 @@ from tuner.datasets._assemble import Rules, assemble
 from tuner.datasets._sources import ArraySource, Sources
 from tuner.evaluation import assess_validation, extras, intervals
 from tuner.imbalance import TailRule
+from tuner.models import head_state
 from tuner.recipe import Recipe
 from tuner.trainer import epochs
 
@@ -64,7 +65,7 @@ def cost(data: Data, model: str) -> float:
 def _trial(recipe: Recipe, data: Data) -> None:
     for result in epochs(recipe, data):
         assessment = assess_validation(result.logits, data, recipe)
-    norms, bias = result.lane.head_state()
+    norms, bias = head_state(result.lane.model.head)
     intervals(result.logits, assessment, data)
     extras(result.logits, norms, bias, data.validation.targets, data.groups)
 

@@ -1,6 +1,6 @@
 """Batch augmentation on the device of the images: crop, flip, cutout, mixup, cutmix, remix."""
 
-from tuner.augment._base import AUGMENTS, Augment, Augmenter, NoAugment
+from tuner.augment._base import AUGMENTS, Augment, Augmenter, Drawn, NoAugment, on_device
 from tuner.augment._standard import Standard, StandardAugmenter
 from tuner.augment._transforms import beta, box_share, cut_out, mirror, remix_weight, shift
 
@@ -8,6 +8,7 @@ __all__ = [
     "AUGMENTS",
     "Augment",
     "Augmenter",
+    "Drawn",
     "NoAugment",
     "Standard",
     "StandardAugmenter",
@@ -15,6 +16,7 @@ __all__ = [
     "box_share",
     "cut_out",
     "mirror",
+    "on_device",
     "remix_weight",
     "shift",
 ]

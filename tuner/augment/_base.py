@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,12 @@ from tuner.registry import Registry, component
 
 ImageShape = tuple[int, int, int]
 Channels = Tensor | Sequence[float]
+Drawn = Mapping[str, Tensor]
+
+
+def on_device(drawn: Drawn, device: torch.device) -> Drawn:
+    """The drawn tensors on ``device``; they are on their way there, nobody waits."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
 
 
 class Augmenter(nn.Module):
@@ -44,22 +50,52 @@ class Augmenter(nn.Module):
         self._follow(images)
         return images.to(torch.float32, copy=True).mul_(self.scale).add_(self.shift)
 
-    def forward(
-        self, images: Tensor, targets: Tensor, generator: torch.Generator, progress: float
-    ) -> tuple[Tensor, Tensor]:
-        """Training images and their targets for one step.
+    def draw(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, progress: float
+    ) -> Drawn:
+        """What chance decides in one step: named tensors on the CPU, none of them here.
+
+        Args:
+            count: Number of images.
+            size: Their height and width.
+            generator: On the CPU; equal states draw the same on every device.
+            progress: Share of the training that is done, in [0, 1).
+        """
+        return {}
+
+    def plan(
+        self,
+        steps: int,
+        count: int,
+        size: tuple[int, int],
+        generator: torch.Generator,
+        progress: float,
+    ) -> Drawn:
+        """``draw`` for that many steps ahead, stacked: the same numbers from the same state."""
+        each = [self.draw(count, size, generator, progress) for _ in range(steps)]
+        return {name: torch.stack([drawn[name] for drawn in each]) for name in each[0]}
+
+    def transform(self, images: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Training images and their targets for one step; nothing is drawn and nothing waits.
 
         Args:
             images: (N, c, H, W) uint8.
             targets: (N,) class indices.
-            generator: On the CPU; equal states draw the same on every device.
-            progress: Share of the training that is done, in [0, 1).
+            drawn: What ``draw`` gave, on the device of the images.
 
         Returns:
             Normalised images (N, c, H, W) float32, and the targets: (N,) as they came, or
             (N, C) float32 summing to 1 when images were mixed.
         """
         return self.normalize(images), targets
+
+    def forward(
+        self, images: Tensor, targets: Tensor, generator: torch.Generator, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """``draw`` and ``transform``: images (N, c, H, W) uint8 and targets (N,) of one step."""
+        height, width = images.shape[-2:]
+        drawn = self.draw(len(images), (height, width), generator, progress)
+        return self.transform(images, targets, on_device(drawn, images.device))
 
 
 class Augment(Protocol):

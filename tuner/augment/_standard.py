@@ -9,7 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tuner.augment._base import AUGMENTS, Augment, Augmenter, Channels, ImageShape, NoAugment
+from tuner.augment._base import (
+    AUGMENTS,
+    Augment,
+    Augmenter,
+    Channels,
+    Drawn,
+    ImageShape,
+    NoAugment,
+)
 from tuner.augment._transforms import (
     beta,
     box_share,
@@ -102,18 +110,34 @@ class StandardAugmenter(Augmenter):
         self._table("class_counts", class_counts)
         self.margin = int(self.shifts.max())
 
-    def forward(
-        self, images: Tensor, targets: Tensor, generator: torch.Generator, progress: float
-    ) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, count: int, size: tuple[int, int], generator: torch.Generator, progress: float
+    ) -> Drawn:
+        """Uniform draws (7, N), and with mixing the share of the first image, (1, 1) or (H, W)."""
+        share = self._mixing_share(size, generator, progress)
+        draws = torch.rand(DRAWS_PER_IMAGE, count, generator=generator)
+        return {"draws": draws} if share is None else {"draws": draws, "share": share}
+
+    def plan(
+        self,
+        steps: int,
+        count: int,
+        size: tuple[int, int],
+        generator: torch.Generator,
+        progress: float,
+    ) -> Drawn:
+        """See the base class; without mixing one call draws the numbers of all steps."""
+        if self._mixes(progress):
+            return super().plan(steps, count, size, generator, progress)
+        return {"draws": torch.rand(steps, DRAWS_PER_IMAGE, count, generator=generator)}
+
+    def transform(self, images: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Crop, flip, brightness, normalise, cutout, mix, in this order."""
         self._follow(images)
-        share = self._mixing_share(images.shape[-2:], generator, progress)
-        draws = torch.rand(DRAWS_PER_IMAGE, len(images), generator=generator)
-        draws = draws.to(images.device, non_blocking=True)
+        draws, share = drawn["draws"], drawn.get("share")
         images = self._transform(images, targets, draws)
         if share is None:
             return images, targets
-        share = share.to(images.device, non_blocking=True)
         partner = draws[6].argsort(stable=True)
         mixed = images.index_select(0, partner).lerp_(images, share)
         return mixed, self._mixed_targets(targets, partner, share.mean())
@@ -136,17 +160,24 @@ class StandardAugmenter(Augmenter):
             images = cut_out(images, row, column, self.sides[targets])
         return images
 
+    def _mixes(self, progress: float) -> bool:
+        mixing = self.settings.mixup > 0 or self.settings.cutmix > 0
+        return mixing and progress < self.settings.mix_until
+
     def _mixing_share(
-        self, size: torch.Size, generator: torch.Generator, progress: float
+        self, size: tuple[int, int], generator: torch.Generator, progress: float
     ) -> Tensor | None:
-        """Share of the first image, (1, 1) or per pixel (H, W); None when nothing is mixed."""
+        """Share of the first image, (1, 1) or per pixel (H, W); None when nothing is mixed.
+
+        Where both kinds of mixing take turns it is always (H, W): steps drawn ahead are stacked.
+        """
         mixup, cutmix = self.settings.mixup, self.settings.cutmix
-        if progress >= self.settings.mix_until or not (mixup or cutmix):
+        if not self._mixes(progress):
             return None
         both = mixup > 0 and cutmix > 0
         box = bool(torch.rand((), generator=generator) < 0.5) if both else cutmix > 0
         if not box:
-            return torch.full((1, 1), beta(mixup, generator))
+            return torch.full(size if both else (1, 1), beta(mixup, generator))
         return box_share(beta(cutmix, generator), size, generator)
 
     def _mixed_targets(self, targets: Tensor, partner: Tensor, share: Tensor) -> Tensor:

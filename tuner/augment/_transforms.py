@@ -55,7 +55,7 @@ def beta(alpha: float, generator: torch.Generator) -> float:
     return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
-def box_share(share: float, size: torch.Size, generator: torch.Generator) -> Tensor:
+def box_share(share: float, size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Map (H, W) of 1 outside and 0 inside cutmix's box, whose area is about 1 - ``share``.
 
     Box as in Yun et al. 2019: the shape of the image, around a random pixel, clipped; the

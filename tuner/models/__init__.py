@@ -8,6 +8,7 @@ from tuner.models._classifier import (
     ImageShape,
     LinearHead,
     classifier,
+    head_state,
     set_head_bias,
 )
 from tuner.models._resnet import ResNet20, ResNet32, ResNet56
@@ -32,5 +33,6 @@ __all__ = [
     "Timm",
     "TorchVision",
     "classifier",
+    "head_state",
     "set_head_bias",
 ]

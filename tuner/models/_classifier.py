@@ -93,6 +93,20 @@ def classifier(
     return Classifier(backbone, top, repeat_channels=repeat)
 
 
+def head_state(head: nn.Module) -> tuple[Tensor, Tensor]:
+    """L2 norms of a head's rows and its bias (zeros when it has none), both (C,) on the CPU.
+
+    A cosine head divides by the norms itself: they are 1.
+    """
+    if isinstance(head, CosineHead):
+        ones = torch.ones(head.out_features)
+        return ones, torch.zeros_like(ones)
+    weight: Tensor = head.weight.detach().float().cpu()  # type: ignore[operator]
+    bias: Tensor | None = getattr(head, "bias", None)
+    norms = weight.norm(dim=1)
+    return norms, torch.zeros_like(norms) if bias is None else bias.detach().float().cpu()
+
+
 @torch.no_grad()
 def _feature_width(backbone: nn.Module, image_shape: ImageShape, name: str) -> int:
     """Number of features D, from one blank image in evaluation mode (which draws nothing)."""

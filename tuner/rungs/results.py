@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from tuner import artifacts
 from tuner.evaluation import extras, intervals, recalls
 from tuner.ladder import rung_of
+from tuner.models import head_state
 from tuner.rungs.attempt import Attempt
 from tuner.rungs.recipes import kept_trials
 from tuner.rungs.training import Complete, Training, metrics_of
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 def complete(attempt: Attempt, training: Training, done: Complete) -> None:
     """Write the result of a trial that was trained to its end."""
     result, assessment, data = done.result, done.assessment, training.data
-    norms, bias = result.lane.head_state()
+    norms, bias = head_state(result.lane.model.head)
     targets = data.validation.targets.cpu()
     facts = {
         "metrics": metrics_of(assessment),
