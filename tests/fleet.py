@@ -45,9 +45,20 @@ def slot(session: Session, data: Data, claimed: Lease) -> Slot:
     return Slot(session, pulse, data, "cpu", Peers(session))
 
 
+def run_alone(own: Slot, claimed: Lease, **options: Any) -> Outcome:
+    """Run the trial of a lease to its end."""
+    options.setdefault("stop", lambda: False)
+    running = run(own, claimed, **options)
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+
+
 def run_next(session: Session, data: Data, **options: Any) -> Outcome:
     """Run the next trial to its end."""
     claimed = lease(session)
     assert claimed is not None
-    options.setdefault("stop", lambda: False)
-    return run(slot(session, data, claimed), claimed, **options)
+    return run_alone(slot(session, data, claimed), claimed, **options)

@@ -24,7 +24,7 @@ training entries pruning
 recipe
 lane loaded describe space evaluation sections
 steps
-heads
+heads contest
 ladder
 study trainer engines search artifacts backends
 remote

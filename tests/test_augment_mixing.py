@@ -58,7 +58,7 @@ def test_cutmix_area_equals_the_share_in_the_targets(seed: int) -> None:
 def test_box_is_a_rectangle_with_about_the_wanted_area() -> None:
     draws = generator(0)
     for share in (0.1, 0.4, 0.75):
-        maps = torch.stack([box_share(share, torch.Size((20, 30)), draws) for _ in range(200)])
+        maps = torch.stack([box_share(share, (20, 30), draws) for _ in range(200)])
         holes = maps == 0
         assert torch.equal(holes.sum((1, 2)), holes.any(2).sum(1) * holes.any(1).sum(1))
         # A box that is not clipped has the wanted area, up to the rounding of its sides.

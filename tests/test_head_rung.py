@@ -13,7 +13,7 @@ import pytest
 import torch
 from climbers import CLIMBING
 from conftest import MakeSession
-from fleet import lease, run_next, slot
+from fleet import lease, run_alone, run_next, slot
 from optuna.trial import TrialState
 
 from tuner.datasets import Data
@@ -22,7 +22,6 @@ from tuner.export import export
 from tuner.heads import HeadResult, train_heads
 from tuner.ladder import rung_of
 from tuner.rungs import head
-from tuner.rungs.full import run
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.session import Session
 from tuner.trained import stored_recipe, trained_lane
@@ -56,8 +55,7 @@ def cohort(session: Session, data: Data, **options: Any) -> tuple[Slot, list[Out
     assert claimed is not None
     found, outcomes = slot(session, data, claimed), []
     found.lanes = options.pop("lanes", found.lanes)
-    options.setdefault("stop", lambda: False)
-    outcomes.append(run(found, claimed, on_trial=lambda o: outcomes.append(o), **options))
+    outcomes.append(run_alone(found, claimed, on_trial=lambda o: outcomes.append(o), **options))
     return found, outcomes
 
 
@@ -120,7 +118,7 @@ def test_cohort_stopped_by_an_order_says_which_in_its_record(
     assert claimed is not None
     busy = slot(ready, digits, claimed)
     monkeypatch.setattr(head, "train_heads", ordered)
-    outcome = run(busy, claimed, stop=lambda: False)
+    outcome = run_alone(busy, claimed)
     assert (outcome.state, outcome.reason) == ("interrupted", "stop: asked for")
     ends = {(a["end"], a["reason"]) for a in ready.ledger.attempts()}
     assert ends == {("complete", None), ("preempted", "stop: asked for")}

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeSession
-from fleet import lease, run_next, slot
+from fleet import lease, run_alone, run_next, slot
 
 from tuner.datasets import Data
 from tuner.rungs import training
-from tuner.rungs.full import run
 from tuner.rungs.memory import is_out_of_memory, smaller
-from tuner.trainer import epochs
+from tuner.trainer import epochs_in_turns
 
 
 def with_room_for(images: int, error: Exception) -> Any:
@@ -25,7 +24,7 @@ def with_room_for(images: int, error: Exception) -> Any:
     def train(*arguments: Any, **options: Any) -> Iterator[Any]:
         if (options.get("micro_batch") or 10**9) > images:
             raise error
-        yield from epochs(*arguments, **options)
+        yield from epochs_in_turns(*arguments, **options)
 
     return train
 
@@ -38,17 +37,17 @@ CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to all
 def test_slot_halves_what_it_trains_at_once_and_remembers(
     error: Exception, make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "epochs", with_room_for(20, error))
+    monkeypatch.setattr(training, "epochs_in_turns", with_room_for(20, error))
     session = make_session()
     claimed = lease(session)
     assert claimed is not None
     own = slot(session, digits, claimed)
-    assert run(own, claimed, stop=lambda: False).state == "complete"
+    assert run_alone(own, claimed).state == "complete"
     assert own.micro_batch == 16
     assert session.study.trials[0].user_attrs["micro_batch"] == 16
     again = lease(session)
     assert again is not None
-    assert run(own, again, stop=lambda: False).state == "complete"
+    assert run_alone(own, again).state == "complete"
     assert own.micro_batch == 16
 
 
@@ -57,7 +56,7 @@ def test_result_in_pieces_is_that_in_one_piece_for_a_model_without_batch_norm(
 ) -> None:
     whole = make_session()
     run_next(whole, digits)
-    monkeypatch.setattr(training, "epochs", with_room_for(20, CUDA))
+    monkeypatch.setattr(training, "epochs_in_turns", with_room_for(20, CUDA))
     pieces = make_session(name="pieces")
     run_next(pieces, digits)
     values = [s.study.trials[0].intermediate_values for s in (whole, pieces)]
@@ -69,7 +68,7 @@ def test_trial_that_never_fits_fails_with_the_reason_and_the_study_goes_on(
 ) -> None:
     session = make_session()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "epochs", with_room_for(0, CUDA))
+        patched.setattr(training, "epochs_in_turns", with_room_for(0, CUDA))
         outcome = run_next(session, digits)
     assert (outcome.state, outcome.reason) == ("failed", "out_of_memory")
     assert session.ledger.attempts()[0]["reason"] == "out_of_memory"

@@ -108,13 +108,14 @@ def test_process_with_a_recycled_number_is_not_taken_for_the_worker() -> None:
 def test_beat_hears_the_order_and_the_loss_of_its_trial(make_session: MakeSession) -> None:
     session = make_session()
     worker = member(session, "one")
-    beats = beating(session, claimed(session, worker))
+    held = claimed(session, worker)
+    beats = beating(session, held)
     beats.beat()
-    assert not beats.interrupts
+    assert not beats.interrupts(held)
     session.ledger.give_order("pause")
     beats.beat()
     assert beats.order.state == "pause"
-    assert beats.interrupts
+    assert beats.interrupts(held)
     session.ledger.give_order("run")
     session.ledger.reap([worker])
     beats.beat()

@@ -19,7 +19,7 @@ from tuner.rungs.peers import Peers
 from tuner.session import Session
 from tuner.stores import FolderStore, StoreError
 from tuner.trainer import EpochResult
-from tuner.trainer import epochs as real_epochs
+from tuner.trainer import epochs_in_turns as real_epochs
 
 SWITCH, EPOCHS = 4, 6
 LOSSES: dict[str, Any] = {"focal": {}, "balanced_softmax": {}, "label_smoothing": {}}
@@ -48,12 +48,13 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every epoch that is trained, in order."""
     seen: list[int] = []
 
-    def counting(*arguments: Any, **options: Any) -> Iterator[EpochResult]:
+    def counting(*arguments: Any, **options: Any) -> Iterator[EpochResult | None]:
         for result in real_epochs(*arguments, **options):
-            seen.append(result.epoch)
+            if result is not None:
+                seen.append(result.epoch)
             yield result
 
-    monkeypatch.setattr(training, "epochs", counting)
+    monkeypatch.setattr(training, "epochs_in_turns", counting)
     return seen
 
 

@@ -248,7 +248,7 @@ def test_three_errors_in_a_row_stop_the_worker_with_the_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("somebody's bug")
 
-    monkeypatch.setattr(training, "epochs", broken)
+    monkeypatch.setattr(training, "epochs_in_turns", broken)
     session = make_session(budget={"trials": 9, "epochs": 3})
     with pytest.raises(TunerError, match="somebody's bug"):
         work(session, digits)

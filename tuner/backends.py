@@ -1,4 +1,8 @@
-"""Which precision and layout trains fastest here: measured in a short probe, never guessed.
+"""Which precision, layout and execution train fastest here: measured in a probe, never guessed.
+
+On a processor it compares precisions and layouts of one training. On a GPU it also compares
+steps launched one by one with CUDA graphs, and finds how many trainings side by side fill the
+device (see ``tuner.contest``).
 
 What the probe finds is kept in a small file, so that the workers of a machine measure once, and
 decide alike. A trial's recipe says what it was trained with: its numbers do not depend on a probe
@@ -22,26 +26,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuner import contest
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import seeded
+from tuner.steps import Execution
 
 PRECISIONS, LAYOUTS = ("float32", "bfloat16"), ("channels_last", "contiguous")
 ROUNDS = 4
 PIXELS = 2**17
 SMALLEST = 8
 WORTH = 1.05
-"""How much faster than float32 in channels_last another choice must be."""
+"""How much faster than a plainer choice another one must be."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Images that a candidate trains on per second."""
+    """Images that a candidate trains on per second, all ``lanes`` of it together."""
 
     precision: str
     layout: str
     images: float
+    execution: Execution = "plain"
+    lanes: int = 1
+
+    @property
+    def plainness(self) -> tuple[bool, bool, bool, int]:
+        """Smaller for what is simpler, or keeps more digits."""
+        return (
+            self.precision != PRECISIONS[0],
+            self.layout != LAYOUTS[0],
+            self.execution != "plain",
+            self.lanes,
+        )
 
 
 def settled(recipe: Recipe, data: Data, device: str) -> Recipe:
@@ -53,11 +71,16 @@ def settled(recipe: Recipe, data: Data, device: str) -> Recipe:
     return replace(recipe, training=replace(training, precision=best.precision, layout=best.layout))
 
 
-def fastest(training: Any, measured: list[Speed]) -> Speed:
-    """The fastest candidate that the training allows; the plain one unless it is clearly beaten.
+def chosen(recipe: Recipe, data: Data, device: str) -> Speed:
+    """How to execute a settled recipe, and how many of its like side by side."""
+    training = recipe.training
+    if torch.device(device).type != "cuda":
+        return Speed(training.precision, training.layout, 0.0)
+    return fastest(training, speeds(recipe, data, device))
 
-    The plain candidate is the first: float32 in channels_last where both are open.
-    """
+
+def fastest(training: Any, measured: list[Speed]) -> Speed:
+    """The plainest of the candidates that are nearly as fast as the fastest the training allows."""
     allowed = [
         speed
         for speed in measured
@@ -68,8 +91,9 @@ def fastest(training: Any, measured: list[Speed]) -> Speed:
         # Nothing worked, not even the plain one: out of memory, which training copes with.
         plain = training.canonical()
         return Speed(plain.precision, plain.layout, 0.0)
-    best = max(allowed, key=lambda speed: speed.images)
-    return best if best.images > WORTH * allowed[0].images else allowed[0]
+    best = max(speed.images for speed in allowed)
+    near = [speed for speed in allowed if speed.images * WORTH >= best]
+    return min(near, key=lambda speed: speed.plainness)
 
 
 def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
@@ -77,7 +101,8 @@ def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
     key = _key(recipe, data, device)
     known = _read(_file()).get(key)
     if known is None:
-        known = [vars(speed) for speed in _measured(recipe, data, device)]
+        measured = _on_gpu if torch.device(device).type == "cuda" else _on_processor
+        known = [vars(speed) for speed in measured(recipe, data, device)]
         if known:
             _write(_file(), key, known)
     return [Speed(**values) for values in known]
@@ -110,7 +135,12 @@ def _processor() -> str:
     return " ".join([*(names or [platform.processor()])[:1], *halves])
 
 
-def _measured(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
+def _on_gpu(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
+    for found in contest.candidates(recipe, data, device, product(PRECISIONS, LAYOUTS)):
+        yield Speed(*found)
+
+
+def _on_processor(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
     """Fastest of a few steps each, in turns; candidates that do not work here are left out."""
     indices, images = _batch(recipe, data)
     steps: dict[tuple[str, str], Callable[[], float]] = {}
@@ -146,14 +176,13 @@ def _step(
     training = replace(recipe.training, precision=candidate[0], layout=candidate[1])
     lane = Lane(replace(recipe, training=training), data, device)
     lane.begin_epoch()
-    clock = _clock(device)
 
     def step() -> float:
         with seeded("probe", device=lane.device):
-            began = clock()
+            began = _clock()
             lane.step(indices, images, share=0.0)
             lane.noted.clear()
-            return clock() - began
+            return _clock() - began
 
     try:
         step()
@@ -162,16 +191,9 @@ def _step(
     return step
 
 
-def _clock(device: str) -> Callable[[], float]:
+def _clock() -> float:
     """Processor time where one thread does all the work: others on the machine do not count."""
-    if torch.device(device).type == "cuda":
-
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
-
-        return synchronized
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def cache_folder() -> Path:

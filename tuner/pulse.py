@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,16 +45,17 @@ class Contact:
 class Pulse:
     """Beats four times per lease until it is left; every beat also looks for dead workers.
 
-    ``lost`` says that the trial at hand is another worker's, ``superseded`` that another
-    process has this worker's name, ``order`` what the fleet was told last.
+    ``lost`` says that a trial at hand is another worker's, ``superseded`` that another process
+    has this worker's name, ``order`` what the fleet was told last. Where several trials are at
+    hand, who lost one hears of it when it writes.
     """
 
     def __init__(self, ledger: Ledger, worker: tuple[str, int]) -> None:
         self.ledger, self.worker = ledger, worker
         self.order = Order("run")
-        self.lease: Lease | None = None
-        self.others: Sequence[Lease] = ()
-        self.lost = self.superseded = False
+        self.leases: tuple[Lease, ...] = ()
+        self.superseded = False
+        self.taken: set[int] = set()
         self.state = "idle"
         self.contact = Contact(ledger.lease_seconds)
         self._over = threading.Event()
@@ -75,18 +75,27 @@ class Pulse:
         # A database that hangs must not keep a worker from leaving.
         self._thread.join(self.ledger.lease_seconds / BEATS_PER_LEASE)
 
-    def hold(self, lease: Lease, others: Sequence[Lease] = ()) -> None:
-        """Keep this lease alive from now on, and ``others`` that are worked on beside it."""
-        self.lost, self.lease, self.others = False, lease, others
+    def hold(self, *leases: Lease) -> None:
+        """Keep these leases alive from now on, beside those that are held already."""
+        self.leases += leases
 
-    def drop(self) -> None:
-        """The trials at hand are about to end, or have ended."""
-        self.lease, self.others = None, ()
+    def drop(self, *leases: Lease) -> None:
+        """These trials are about to end, or have ended; without any, all that are held."""
+        gone = {lease.token for lease in leases or self.leases}
+        self.leases = tuple(lease for lease in self.leases if lease.token not in gone)
 
     @property
-    def interrupts(self) -> bool:
-        """Whether the trial at hand must not go on."""
-        return self.lost or self.superseded or self.order.state != "run"
+    def lost(self) -> bool:
+        """Whether a trial at hand is another worker's."""
+        return any(self.has_lost(lease) for lease in self.leases)
+
+    def has_lost(self, lease: Lease) -> bool:
+        """Whether a beat found that this lease is not held any more."""
+        return lease.token in self.taken
+
+    def interrupts(self, lease: Lease) -> bool:
+        """Whether the trial of this lease must not go on."""
+        return self.has_lost(lease) or self.superseded or self.order.state != "run"
 
     def hear(self, order: Order) -> None:
         """Take an order that came with an answer to something else."""
@@ -102,13 +111,15 @@ class Pulse:
 
     def beat(self) -> None:
         """Renew everything, hear the order, and queue the trials of dead workers again."""
-        lease = self.lease
+        held = self.leases
+        lease = held[0] if len(held) == 1 else None
+        others = held if lease is None else ()
         try:
-            self.order = self.ledger.beat(self.worker, self.state, lease, self.others)
+            self.order = self.ledger.beat(self.worker, self.state, lease, others)
             self._say(self.ledger.reap(gone(self.ledger), overdue=self.contact.is_steady()))
         except LeaseLostError:
-            # What ended while the beat was on its way is not lost.
-            self.lost = self.lease is lease and lease is not None
+            # What ended while the beat was on its way is not lost: nobody asks for it.
+            self.taken.update(lease.token for lease in held)
         except SupersededError:
             self.superseded = True
         except SQLAlchemyError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -178,14 +178,17 @@ def ladder_state(session: Session) -> list[str]:
     ]
 
 
-def next_lease(session: Session, worker: tuple[str, int]) -> Lease | None:
+def next_lease(
+    session: Session, worker: tuple[str, int], beside: Sequence[int] = ()
+) -> Lease | None:
     """Claim the worker's own trial or the next ticket, queueing more when there are due ones.
 
     None when there is nothing to claim at this moment, or the fleet was told not to work.
+    ``beside`` are tokens of leases that the worker knows it has.
     """
-    lease = session.ledger.claim(worker)
+    lease = session.ledger.claim(worker, beside)
     if lease is None and session.ledger.order().state == "run":
         fill_queue(session)
         # Should another worker have filled it, there is something to claim as well.
-        lease = session.ledger.claim(worker)
+        lease = session.ledger.claim(worker, beside)
     return lease

@@ -20,11 +20,12 @@ from tuner.datasets import Data
 from tuner.errors import NameTakenError, TunerError
 from tuner.fit import check_data
 from tuner.goals import stop_if_reached
-from tuner.ledger import Ledger, Order, WorkerAliveError
+from tuner.ledger import Lease, Ledger, Order, WorkerAliveError
 from tuner.pulse import Pulse, facts, is_gone
 from tuner.rungs.full import run
 from tuner.rungs.outcome import OnEpoch, Outcome, Slot
 from tuner.rungs.peers import Peers
+from tuner.rungs.turns import Entry, Turns
 from tuner.session import Session
 from tuner.tickets import next_lease
 
@@ -150,26 +151,48 @@ def _work(
     on_epoch: OnEpoch,
     tell: _Telling,
 ) -> int:
-    pulse, ended = slot.pulse, 0
-    while not stop() and not pulse.superseded:
-        lease = next_lease(slot.session, pulse.worker)
-        if lease is None:
-            if _is_over(slot.session, wait):
-                break
-            time.sleep(WAIT_SECONDS)
-            continue
-        pulse.hold(lease)
-        began = time.monotonic()
-        outcomes: list[Outcome] = []
-        outcomes.append(run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=outcomes.append))
-        pulse.drop()
-        if any(outcome.state == "complete" for outcome in outcomes):
-            stop_if_reached(slot.session)
-        tell(outcomes, time.monotonic() - began)
-        ended += sum(outcome.state not in ("interrupted", "lost") for outcome in outcomes)
+    pulse, ended, turns = slot.pulse, 0, Turns(slot)
+
+    def admit(lease: Lease) -> None:
+        turns.admit(
+            lease, lambda more: run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=more.append)
+        )
+
+    with contextlib.closing(turns):
+        while not (leaving := stop() or pulse.superseded) or turns:
+            if not leaving and turns.has_room:
+                lease = _next(slot, turns)
+                if lease is not None:
+                    admit(lease)
+                elif not turns:
+                    if _is_over(slot.session, wait):
+                        break
+                    time.sleep(WAIT_SECONDS)
+            for entry in turns.go_on():
+                ended += _conclude(slot, entry, tell)
     if pulse.superseded:
         log.warning("another process works as %s now; this one leaves", pulse.worker[0])
     return ended
+
+
+def _next(slot: Slot, turns: Turns) -> Lease | None:
+    """The next trial to take in; an empty queue is not asked all the time while others train."""
+    now = time.monotonic()
+    if turns and now < slot.ask_again:
+        return None
+    beside = [entry.lease.token for entry in turns.entries]
+    lease = next_lease(slot.session, slot.pulse.worker, beside)
+    slot.ask_again = now + WAIT_SECONDS if lease is None else 0.0
+    return lease
+
+
+def _conclude(slot: Slot, entry: Entry, tell: _Telling) -> int:
+    """Tell how a trial ended, and what ended beside it; how many did for good."""
+    outcomes = entry.outcomes
+    if any(outcome.state == "complete" for outcome in outcomes):
+        stop_if_reached(slot.session)
+    tell(outcomes, time.monotonic() - entry.began)
+    return sum(outcome.state not in ("interrupted", "lost") for outcome in outcomes)
 
 
 def _is_over(session: Session, wait: bool) -> bool:

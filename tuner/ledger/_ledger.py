@@ -59,10 +59,11 @@ class Ledger(Reads):
         """
         return self._write(lambda c: _optuna.enqueue(c, self.study_id, tickets, expected))
 
-    def claim(self, worker: tuple[str, int]) -> Lease | None:
+    def claim(self, worker: tuple[str, int], beside: Sequence[int] = ()) -> Lease | None:
         """A lease on the worker's own trial or the next ticket; None: none, or not to run.
 
-        A worker whose name another process has taken over gets none either.
+        A worker whose name another process has taken over gets none either. ``beside`` are the
+        tokens of leases that it knows it has.
         """
 
         def action(connection: Connection) -> Lease | None:
@@ -71,7 +72,8 @@ class Ledger(Reads):
             if _fleet.is_superseded(connection, self.study_id, worker):
                 return None
             mark = self.history.mark
-            return _queue.claim(connection, self.study_id, worker, self.lease_seconds, mark)
+            known = (worker, self.lease_seconds, mark, beside)
+            return _queue.claim(connection, self.study_id, *known)
 
         return self._write(action)
 

@@ -25,13 +25,17 @@ def claim(
     worker: tuple[str, int],
     lease_seconds: float,
     mark: int = 0,
+    beside: Sequence[int] = (),
 ) -> Lease | None:
     """Give the worker (name, generation) its own trial back, or the next ticket; None: no more.
 
-    All trials up to ``mark`` are known to have ended.
+    All trials up to ``mark`` are known to have ended. ``beside`` are leases, by their tokens,
+    that the worker knows it has.
     """
     own = {"of_study": study_id, "of_worker": worker[0]}
     for row in connection.execute(_statements.held(), own).all():
+        if row.token in beside:
+            continue
         if row.generation == worker[1]:
             # The claim was written, but its answer did not arrive.
             return _lease(connection, row)

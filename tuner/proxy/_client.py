@@ -97,8 +97,8 @@ class RemoteLedger(Ledger):
     ) -> bool:
         return bool(self._call("enqueue", tickets, expected))
 
-    def claim(self, worker: tuple[str, int]) -> Lease | None:
-        lease: Lease | None = self._call("claim", worker)
+    def claim(self, worker: tuple[str, int], beside: Sequence[int] = ()) -> Lease | None:
+        lease: Lease | None = self._call("claim", worker, list(beside))
         return lease
 
     def write(

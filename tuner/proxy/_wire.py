@@ -22,7 +22,7 @@ from tuner.ledger import (
     WorkerAliveError,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 CALL = "/tuner.Ledger/Call"
 KIND = "$tuner"
 PAGE = 200

@@ -100,7 +100,7 @@ class Attempt:
         **columns: Any,
     ) -> None:
         """Write everything and end the attempt; ``WAITING`` puts the trial back."""
-        self.pulse.drop()
+        self.pulse.drop(self.lease)
         self.columns |= columns
         self.session.fenced.finish(
             self.lease.trial_id,
@@ -133,6 +133,11 @@ class Attempt:
         changes = self.session.fenced.held[self.lease.trial_id].changes
         return Ending(self.lease, changes, state.name, end, values, reason, seconds=self.seconds)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a heartbeat found the trial to be another worker's."""
+        return self.pulse.has_lost(self.lease)
+
     def why_stopped(self) -> str:
         """What made this worker stop before the end: a signal, or the fleet's order."""
         order = self.pulse.order
@@ -140,7 +145,7 @@ class Attempt:
 
     def drop(self) -> None:
         """Forget the trial: it is another worker's."""
-        self.pulse.drop()
+        self.pulse.drop(self.lease)
         self.session.fenced.drop(self.lease.trial_id)
 
     def _progress(self) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner import artifacts
+from tuner.backends import chosen
 from tuner.engines import PATIENCE, passes
 from tuner.errors import NonFiniteError, StorageError, TunerError
 from tuner.ladder import rung_of
@@ -36,10 +37,11 @@ def run(
     stop: Callable[[], bool],
     on_epoch: OnEpoch = lambda *_: None,
     on_trial: Callable[[Outcome], None] = lambda _: None,
-) -> Outcome:
+) -> Generator[None, None, Outcome]:
     """Train the trial of a lease and write its result into the storage.
 
-    At the head rung others that wait are trained beside it: ``on_trial`` hears of those.
+    It yields where it would wait for the device: other trials may go on there. At the head rung
+    others that wait are trained beside it: ``on_trial`` hears of those.
 
     A trial that was interrupted goes on from its checkpoint. A recipe equivalent to one that
     is complete is not trained again: it gets that trial's result. When ``stop`` or the fleet's
@@ -51,7 +53,7 @@ def run(
         attempt = Attempt(slot.session, lease, slot.pulse)
         if rung_of(attempt) == "head":
             return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
-        return _run(slot, attempt, stop, on_epoch)
+        return (yield from _run(slot, attempt, stop, on_epoch))
     except LeaseLostError:
         log.warning("trial %d went to another worker; its result counts", lease.number)
         slot.session.fenced.drop(lease.trial_id)
@@ -84,27 +86,43 @@ def run(
         raise
 
 
-def _run(slot: Slot, attempt: Attempt, stop: Callable[[], bool], on_epoch: OnEpoch) -> Outcome:
+def _run(
+    slot: Slot, attempt: Attempt, stop: Callable[[], bool], on_epoch: OnEpoch
+) -> Generator[None, None, Outcome]:
     session, data = slot.session, slot.data
     recipe = resolve(session, attempt.trial, data, slot.device)
+    way = chosen(recipe, data, slot.device)
+    slot.side_by_side = way.lanes
     known = equivalent(session, recipe, attempt.number)
     if known is not None:
         return _copy(attempt, known)
     while True:
-        training = Training(attempt, recipe, data, slot.device, slot.peers, slot.micro_batch)
+        beside, micro_batch = slot.beside, slot.micro_batch
+        training = Training(attempt, recipe, data, slot, way.execution)
         try:
-            done = training.run(stop, on_epoch)
+            done = yield from training.run(stop, on_epoch)
         except NonFiniteError as error:
             return _end(attempt, "pruned", "not_finite", str(error))
         except Exception as error:
-            size = smaller(slot.micro_batch, recipe.training.batch_size)
-            if not is_out_of_memory(error) or size is None:
+            size = smaller(micro_batch, recipe.training.batch_size)
+            if not is_out_of_memory(error) or (size is None and beside() == 1):
                 raise
         else:
             return _conclude(attempt, training, done)
+        del training
         free(slot.device)
+        if beside() > 1:
+            return _make_room(slot, attempt)
         slot.micro_batch = size
         log.warning("trial %d: out of memory; now %d images at once", attempt.number, size)
+
+
+def _make_room(slot: Slot, attempt: Attempt) -> Outcome:
+    """Put a trial back for which the device has no memory beside the others."""
+    slot.most = max(1, slot.beside() - 1)
+    log.warning("trial %d waits: out of memory; now %d at once", attempt.number, slot.most)
+    attempt.give_back("released", "out_of_memory")
+    return Outcome(attempt.number, "interrupted", "out_of_memory")
 
 
 def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | Stopped) -> Outcome:
@@ -114,7 +132,7 @@ def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | St
     if isinstance(done, Pruned):
         attempt.note({"metrics": metrics_of(done.assessment), "seconds": training.seconds})
         return _end(attempt, "pruned", done.reason)
-    if attempt.pulse.lost:
+    if attempt.is_lost:
         raise LeaseLostError
     reason = attempt.why_stopped()
     attempt.give_back("preempted", reason)
@@ -157,7 +175,7 @@ def _fail(attempt: Attempt, error: Exception) -> Outcome:
 
 def _hand_back(slot: Slot, lease: Lease, end: str, reason: str, detail: str | None = None) -> None:
     """Put the trial of a worker that leaves back; if that fails, its lease runs out."""
-    slot.pulse.drop()
+    slot.pulse.drop(lease)
     options: dict[str, Any] = {
         "end": end,
         "reason": reason,

@@ -45,7 +45,7 @@ def run_cohort(
     session, pulse = slot.session, slot.pulse
     leases = session.ledger.claim_alike(pulse.worker, "head", slot.lanes - 1)
     others = [Attempt(session, lease, pulse) for lease in leases]
-    pulse.hold(attempt.lease, leases)
+    pulse.hold(*leases)
     try:
         first, *rest = _Cohort(slot, [attempt, *others], found).run(stop)
     except BaseException as error:
@@ -93,7 +93,7 @@ class _Cohort:
         """Propose, train, judge and write; how each trial ended."""
 
         def over() -> bool:
-            return stop() or self.slot.pulse.interrupts
+            return stop() or self.slot.pulse.interrupts(self.attempts[0].lease)
 
         forget(self.session, "head")
         self.recipes = [resolve(self.session, a.trial, self.data) for a in self.attempts]
@@ -120,7 +120,7 @@ class _Cohort:
             endings.append(attempt.ending(state, end, outcome.reason, outcome.value))
             outcomes.append(outcome)
         lost = {lease.number for lease in self.session.fenced.finish_all(endings)}
-        self.slot.pulse.drop()
+        self.slot.pulse.drop(*(attempt.lease for attempt in self.attempts))
         if best is not None:
             self._keep_weights(best)
         return [Outcome(o.number, "lost") if o.number in lost else o for o in outcomes]

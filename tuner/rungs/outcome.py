@@ -38,6 +38,9 @@ class Slot:
 
     ``micro_batch`` is the number of images that fit into its memory at once, once that had to
     be found out; ``lanes`` that of classifiers, whose ``backbone`` is kept once it was needed.
+    Trials are trained ``side_by_side``, as many as suit the last recipe, but at most ``most``,
+    once memory set that limit; ``beside`` says how many there are just now. Not before
+    ``ask_again`` is the queue worth another look.
     """
 
     session: Session
@@ -48,3 +51,12 @@ class Slot:
     micro_batch: int | None = None
     lanes: int = COHORT
     backbone: Backbone | None = None
+    side_by_side: int = 1
+    most: int | None = None
+    ask_again: float = 0.0
+    beside: Callable[[], int] = lambda: 1
+
+    @property
+    def room(self) -> int:
+        """How many trials may be trained here at once."""
+        return min(self.side_by_side, self.most or self.side_by_side)

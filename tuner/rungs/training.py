@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behi
 from tuner.recipe import Recipe
 from tuner.rungs import shared
 from tuner.rungs.attempt import Attempt
-from tuner.rungs.peers import Peers
+from tuner.rungs.outcome import Slot
 from tuner.seeding import derive_seed
+from tuner.steps import Execution
 from tuner.stores import StoreError
-from tuner.trainer import EpochResult, Interrupted, epochs
+from tuner.trainer import EpochResult, Interrupted, epochs_in_turns
 
 CHECKPOINT_SECONDS = 10.0
 
@@ -53,19 +54,17 @@ class Stopped:
 
 
 class Training:
-    """One attempt at training a recipe, from its checkpoint or from epoch 0."""
+    """One attempt at training a recipe, from its checkpoint or from epoch 0.
+
+    Trainings that share a device are each counted their share of the time.
+    """
 
     def __init__(
-        self,
-        attempt: Attempt,
-        recipe: Recipe,
-        data: Data,
-        device: str,
-        peers: Peers,
-        micro_batch: int | None,
+        self, attempt: Attempt, recipe: Recipe, data: Data, slot: Slot, execution: Execution
     ) -> None:
         self.attempt, self.recipe, self.data = attempt, recipe, data
-        self.device, self.peers, self.micro_batch = device, peers, micro_batch
+        self.device, self.peers, self.beside = slot.device, slot.peers, slot.beside
+        self.micro_batch, self.execution = slot.micro_batch, execution
         self.session = attempt.session
         self.store = self.session.trial_store(attempt.number)
         self.identity = self.session.identity()
@@ -84,8 +83,10 @@ class Training:
         self,
         stop: Callable[[], bool],
         on_epoch: Callable[[Trial, EpochResult, float], None],
-    ) -> Complete | Pruned | Stopped:
+    ) -> Generator[None, None, Complete | Pruned | Stopped]:
         """Train until the end, a verdict, or a request to stop.
+
+        It yields where it would wait for the device.
 
         Raises:
             LeaseLostError: The trial is another worker's by now.
@@ -93,20 +94,24 @@ class Training:
         """
 
         def over() -> bool:
-            return stop() or self.attempt.pulse.interrupts
+            return stop() or self.attempt.pulse.interrupts(self.attempt.lease)
 
         resume = self._checkpoint()
         saved = time.monotonic()
-        training = epochs(
+        training = epochs_in_turns(
             self.recipe,
             self.data,
             device=self.device,
             resume=resume,
             stop=over,
             micro_batch=self.micro_batch,
+            execution=self.execution,
         )
         try:
             for result in training:
+                if result is None:
+                    yield
+                    continue
                 assessment = assess_validation(result.logits, self.data, self.recipe)
                 value = self._report(result, assessment)
                 on_epoch(self.attempt.trial, result, value)
@@ -167,7 +172,7 @@ class Training:
 
     def _keep(self, snapshot: Snapshot) -> None:
         """Keep a checkpoint, unless the trial is another worker's; go on if that cannot be."""
-        if self.attempt.pulse.lost:
+        if self.attempt.is_lost:
             return
         try:
             artifacts.save_checkpoint(self.store, snapshot, self.identity)
@@ -177,7 +182,8 @@ class Training:
             return
         self.attempt.note({"seconds": self.seconds})
 
-    def _spend(self, seconds: float) -> None:
+    def _spend(self, wall: float) -> None:
+        seconds = wall / self.beside()
         self.seconds += seconds
         self.attempt.seconds += seconds
 
