@@ -154,9 +154,9 @@ def _work(
     pulse, ended, turns = slot.pulse, 0, Turns(slot)
 
     def admit(lease: Lease) -> None:
-        turns.admit(
-            lease, lambda more: run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=more.append)
-        )
+        outcomes: list[Outcome] = []
+        running = run(slot, lease, stop=stop, on_epoch=on_epoch, on_trial=outcomes.append)
+        turns.admit(lease, running, outcomes)
 
     with contextlib.closing(turns):
         while not (leaving := stop() or pulse.superseded) or turns:

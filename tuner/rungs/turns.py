@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 from tuner.ledger import Lease
@@ -19,7 +19,7 @@ class Entry:
 
     lease: Lease
     running: Running
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[Outcome]
     began: float = field(default_factory=time.monotonic)
 
 
@@ -42,16 +42,18 @@ class Turns:
         """Whether another trial would have a place."""
         return len(self.entries) < self.slot.room
 
-    def admit(self, lease: Lease, start: Callable[[list[Outcome]], Running]) -> None:
-        """Take a trial in; ``start`` is given the list for what ends beside it."""
+    def admit(self, lease: Lease, running: Running, outcomes: list[Outcome]) -> None:
+        """Take a trial in, with the list of what ends beside it; ``go_on`` must follow.
+
+        What has not begun could not put its trial back.
+        """
         self.slot.pulse.hold(lease)
-        outcomes: list[Outcome] = []
-        self.entries.append(Entry(lease, start(outcomes), outcomes))
+        self.entries.append(Entry(lease, running, outcomes))
 
     def go_on(self) -> list[Entry]:
         """Let each trial go on until it would wait; those that ended, with their outcomes."""
         ended = []
-        for entry in list(self.entries):
+        for entry in reversed(list(self.entries)):
             try:
                 next(entry.running)
             except StopIteration as end:

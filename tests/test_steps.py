@@ -1,0 +1,243 @@
+"""CUDA graphs give what single steps give, and lanes side by side what they give alone.
+
+All of it needs a CUDA device but the first tests.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer_interruption import stopped, through_a_file
+from torch import Tensor
+from trainer_cases import VARIED, Trained, recipe, trained
+
+from tuner.backends import chosen
+from tuner.contest import rate
+from tuner.datasets import Data, ResidentImages
+from tuner.lane import Lane
+from tuner.losses import CrossEntropyLoss
+from tuner.recipe import Recipe
+from tuner.steps import GraphSteps, PlainSteps, steps_of
+from tuner.trainer import EpochResult, epochs, epochs_in_turns
+
+on_gpu = pytest.mark.gpu
+MIXING = {"name": "standard", "flip": False, "crop_padding": 1, "mixup": 0.4, "cutmix": 1.0}
+CASES: dict[str, dict[str, Any]] = {
+    **VARIED,
+    "mixup and cutmix by turns, until half": {"augment": {**MIXING, "mix_until": 0.5}},
+    "bfloat16": {
+        "model": {"name": "small_cnn"},
+        "training": {"batch_size": 64, "precision": "bfloat16"},
+    },
+    "resnet": {"model": {"name": "resnet20"}, "loss": {"name": "asymmetric"}},
+}
+
+
+@pytest.fixture(scope="module")
+def on_device(digits: Data) -> Data:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return digits.to("cuda")
+
+
+def test_processors_train_step_by_step(digits: Data) -> None:
+    assert isinstance(steps_of(Lane(recipe(), digits, "cpu"), "graph"), PlainSteps)
+
+
+def test_processor_trains_one_at_a_time_and_asks_no_probe(digits: Data) -> None:
+    way = chosen(recipe(), digits, "cpu")
+    assert (way.execution, way.lanes) == ("plain", 1)
+
+
+@on_gpu
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_graphs_train_what_single_steps_train(parts: dict[str, Any], on_device: Data) -> None:
+    which = recipe(**parts)
+    plainly = trained(which, on_device, device="cuda", execution="plain")
+    results = list(epochs(which, on_device, device="cuda", execution="graph"))
+    assert plainly.ends_as(results)
+
+
+@on_gpu
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_step_of_every_kind_is_captured(parts: dict[str, Any], on_device: Data) -> None:
+    steps = steps_of(Lane(recipe(**parts), on_device, "cuda"))
+    assert isinstance(steps, GraphSteps)
+    steps.lane.begin_epoch()
+    list(steps.run(steps.lane.plan(), 0, None))
+    assert steps.capturable
+    assert steps.captured
+
+
+def side_by_side(
+    recipes: list[Recipe], data: Data, late: list[Recipe] | None = None
+) -> list[list[EpochResult]]:
+    """Train recipes by turns; each of ``late`` takes the place of one that ended."""
+    results: list[list[EpochResult]] = [[] for _ in [*recipes, *(late or [])]]
+    waiting = list(enumerate(late or [], len(recipes)))
+    running = {i: epochs_in_turns(r, data, device="cuda") for i, r in enumerate(recipes)}
+    while running:
+        for i, training in list(running.items()):
+            try:
+                result = next(training)
+            except StopIteration:
+                del running[i]
+                if waiting:
+                    place, which = waiting.pop(0)
+                    running[place] = epochs_in_turns(which, data, device="cuda")
+                continue
+            if result is not None:
+                results[i].append(result)
+        time.sleep(1e-4)
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(on_device: Data) -> list[tuple[Recipe, Trained]]:
+    which = [recipe(**parts) for parts in CASES.values()]
+    return [(one, trained(one, on_device, device="cuda")) for one in which]
+
+
+@on_gpu
+def test_lanes_do_not_depend_on_their_neighbours(
+    alone: list[tuple[Recipe, Trained]], on_device: Data
+) -> None:
+    recipes = [one for one, _ in alone]
+    first, late = recipes[:6], recipes[6:]
+    for results, (_, expected) in zip(side_by_side(first, on_device, late), alone, strict=True):
+        assert expected.ends_as(results)
+
+
+@on_gpu
+def test_lanes_do_not_depend_on_their_order(
+    alone: list[tuple[Recipe, Trained]], on_device: Data
+) -> None:
+    backwards = [one for one, _ in alone[::-1]]
+    for results, (_, expected) in zip(side_by_side(backwards, on_device), alone[::-1], strict=True):
+        assert expected.ends_as(results)
+
+
+@on_gpu
+def test_neighbour_that_diverges_is_not_noticed(
+    alone: list[tuple[Recipe, Trained]], on_device: Data
+) -> None:
+    which, expected = alone[0]
+    wild = epochs_in_turns(recipe(optimizer={"name": "sgd", "lr": 1e30}), on_device, device="cuda")
+    own = epochs_in_turns(which, on_device, device="cuda")
+    results: list[EpochResult] = []
+    failed = False
+    for result in own:
+        if result is not None:
+            results.append(result)
+        try:
+            next(wild, None)
+        except ArithmeticError:
+            failed = True
+    assert failed
+    assert expected.ends_as(results)
+
+
+@on_gpu
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_training_with_graphs_goes_on_where_it_was_stopped(
+    parts: dict[str, Any], on_device: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.steps import _graph
+
+    monkeypatch.setattr(_graph, "CHUNK", 2)
+    which = recipe(**parts)
+    whole = trained(which, on_device, device="cuda")
+    for asked in (1, 5, 9):
+        _, interruption = stopped(which, on_device, asked, device="cuda")
+        snapshot = through_a_file(interruption.snapshot, tmp_path)
+        rest = list(epochs(which, on_device, device="cuda", resume=snapshot))
+        assert whole.ends_as(rest), f"stopped in epoch {interruption.epoch}"
+
+
+@on_gpu
+def test_training_begun_on_a_gpu_goes_on_on_a_processor(
+    on_device: Data, digits: Data, tmp_path: Path
+) -> None:
+    for name in ("sgd", "adamw"):
+        which = recipe(optimizer={"name": name})
+        first = next(epochs(which, on_device, device="cuda"))
+        snapshot = through_a_file(first.snapshot(), tmp_path)
+        rest = list(epochs(which, digits, resume=snapshot))
+        back = through_a_file(rest[0].snapshot(), tmp_path)
+        again = list(epochs(which, on_device, device="cuda", resume=back))
+        assert [r.epoch for r in rest] == [1, 2, 3]
+        accuracy = (again[-1].logits.argmax(1) == digits.validation.targets).float().mean()
+        assert accuracy > 0.5
+
+
+class Curious(CrossEntropyLoss):
+    """A loss that looks at its own value on the host."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = super().forward(logits, targets)
+        return loss * (2.0 if float(loss.detach()) > 1.0 else 1.0)
+
+
+class Counting(CrossEntropyLoss):
+    """A loss that counts its calls outside of tensors."""
+
+    calls = 0
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(logits, targets) / self.calls
+
+
+@on_gpu
+@pytest.mark.parametrize("loss", [Curious, Counting])
+def test_loss_that_cannot_be_captured_is_trained_step_by_step(
+    loss: type[CrossEntropyLoss], on_device: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(self: object, class_counts: Tensor) -> CrossEntropyLoss:
+        return loss(class_counts)
+
+    which = recipe()
+    monkeypatch.setattr(type(which.loss), "build", build)
+    plainly = trained(which, on_device, device="cuda", execution="plain")
+    results = list(epochs(which, on_device, device="cuda", execution="graph"))
+    assert plainly.ends_as(results)
+
+
+@on_gpu
+def test_chunk_of_steps_makes_nobody_wait(on_device: Data) -> None:
+    lane = Lane(recipe(), on_device, "cuda")
+    steps = steps_of(lane)
+    lane.begin_epoch()
+    batches = lane.plan()
+    list(steps.run(batches, 0, None))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(steps.run(batches, 0, None))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@on_gpu
+def test_probe_finds_that_small_networks_want_company(on_device: Data, cache: Path) -> None:
+    way = chosen(recipe(training={"batch_size": 64, "precision": "float32"}), on_device, "cuda")
+    assert way.execution == "graph"
+    assert way.lanes > 1
+    assert (cache / "speeds.json").exists()
+
+
+@on_gpu
+def test_rate_of_what_does_not_fit_is_not_known(on_device: Data) -> None:
+    images = on_device.train.images
+    assert isinstance(images, ResidentImages)
+    huge = recipe(model={"name": "mlp", "width": 10**7})
+    assert rate(huge, on_device, "cuda", "graph", 2) is None
