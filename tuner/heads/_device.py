@@ -16,6 +16,8 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 CPU = torch.device("cpu")
+AHEAD = 2**25
+"""Numbers of the inputs and classes of steps ahead that a GPU makes at once."""
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
@@ -28,6 +30,14 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
 def seats(number: int, lanes: int, device: torch.device) -> int:
     """Lanes of a stack for ``number`` recipes where ``lanes`` may be trained at once."""
     return number if device.type == "cpu" else lanes
+
+
+def at_once(numbers: int, device: torch.device) -> int:
+    """Steps whose inputs are made at once, of so many numbers each.
+
+    A GPU is kept waiting by every single operation, a CPU by numbers that left its cache.
+    """
+    return 1 if device.type == "cpu" else max(1, AHEAD // numbers)
 
 
 def filled(items: Sequence[Item], number: int) -> list[Item]:

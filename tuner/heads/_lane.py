@@ -40,6 +40,7 @@ class Lane:
         progress = self.epoch / self.material.settings.epochs
         self.order.loss.advance(progress)
         self.plan: Plan = self.planner.plan(self.epoch, progress)
+        self.sizes: list[int] = self.plan.sizes.tolist()
         self.step = 0
         self.total = 0.0
 
@@ -57,6 +58,11 @@ class Lane:
         return len(self.plan) - self.step
 
     @property
+    def size(self) -> int:
+        """Samples of the next step."""
+        return self.sizes[self.step]
+
+    @property
     def is_done(self) -> bool:
         """Whether all epochs are trained."""
         return self.epoch == self.material.settings.epochs
@@ -64,7 +70,7 @@ class Lane:
     @property
     def train_loss(self) -> float:
         """Mean loss over the epoch's samples."""
-        return self.total / int(self.plan.sizes.sum())
+        return self.total / sum(self.sizes)
 
     @property
     def age(self) -> tuple[int, int, int]:

@@ -105,7 +105,7 @@ class _Bench:
         """Cross-entropy of the bare outputs, for samplers that ask for it."""
         for k, lane in enumerate(self.lanes):
             if lane.sampler.needs_losses:
-                size = int(lane.plan.sizes[lane.step])
+                size = lane.size
                 outputs = inputs[k, :size] @ self.stack.acting[k].t() + self.stack.bias[k].t()
                 losses = cross_entropy(outputs, targets[k, :size], reduction="none")
                 lane.noted.append((lane.plan.images[lane.step, :size], losses))
@@ -117,7 +117,7 @@ class _Bench:
         gradient = torch.zeros_like(u)
         losses = u.new_zeros(len(u), 1, 1)
         for k, lane in enumerate(self.lanes):
-            size = int(lane.plan.sizes[lane.step])
+            size = lane.size
             with torch.enable_grad():
                 logits = u[k, :, :size].t().contiguous().requires_grad_()
                 loss = lane.order.loss(logits, batch.targets[k, :size])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from tuner.datasets import Data
-from tuner.heads._device import seats
+from tuner.heads._device import at_once, seats
 from tuner.heads._features import Features
 from tuner.heads._plans import lines
 from tuner.heads._settings import HeadTraining
@@ -20,9 +20,6 @@ from tuner.models import Head
 from tuner.recipe import Recipe
 
 Stop = Callable[[], bool]
-
-AHEAD = 2**25
-"""Numbers that a GPU makes of the inputs and classes of the steps ahead, at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +102,7 @@ class Material:
 
     def steps(self, places: Tensor, targets: Tensor, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and hits of step after step of a plan; a GPU makes those of many at once."""
-        many = 1
-        if self.device.type != "cpu":
-            many = max(1, AHEAD // (places[0].numel() * (self.width + self.classes)))
+        many = at_once(places[0].numel() * (self.width + self.classes), self.device)
         for first in range(0, len(places), many):
             part = slice(first, first + many)
             yield from zip(self.inputs(places[part], head), self.hits(targets[part]), strict=True)
