@@ -61,18 +61,16 @@ class _Bench:
         self.gradient: Gradient = (
             partial(self._through_modules) if kind is None else GRADIENTS[kind]
         )
-        self.lanes: list[Lane] = []
-        for order in orders:
-            self.lanes.append(Lane(order, material))
-            self._seat(len(self.lanes) - 1)
+        self.lanes = [Lane(order, material) for order in orders]
+        for k, lane in enumerate(filled(self.lanes, len(self.stack))):
+            self._seat(k, lane)
         self.stack.table.note()
 
-    def _seat(self, lane: int) -> None:
-        order = self.lanes[lane].order
+    def _seat(self, k: int, lane: Lane) -> None:
         if self.kind is None:
-            order.loss.to(self.material.device)
-        order.admit(self.stack, lane)
-        self.stack.table.set(lane, self.lanes[lane].row())
+            lane.order.loss.to(self.material.device)
+        lane.order.admit(self.stack, k)
+        self.stack.table.set(k, lane.row())
 
     def train(self, stop: Stop) -> bool:
         """Steps until a lane's epoch ends, or many of them; False if ``stop`` said so before."""
@@ -162,7 +160,7 @@ class _Bench:
         for k in ended:
             if waiting:
                 self.lanes[k] = Lane(waiting.popleft(), self.material)
-                self._seat(k)
+                self._seat(k, self.lanes[k])
             else:
                 empty.append(k)
         if empty:
