@@ -73,6 +73,36 @@ def test_all_that_wait_are_trained_together_and_written(ready: Session, digits: 
     assert all(a["end"] is not None for a in ready.ledger.attempts())
 
 
+def test_cohort_trains_on_the_device_of_its_slot(
+    ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def noted(*arguments: Any, device: str, **options: Any) -> Iterator[tuple[int, HeadResult]]:
+        devices.append(device)
+        yield from train_heads(*arguments, device=device, **options)
+
+    monkeypatch.setattr(head, "train_heads", noted)
+    found, _ = cohort(ready, digits)
+    assert devices == [found.device]
+
+
+@pytest.mark.gpu
+def test_cohort_trains_on_the_gpu(ready: Session, digits: Data) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    claimed = lease(ready)
+    assert claimed is not None
+    found = slot(ready, digits.to("cuda"), claimed)
+    found.device = "cuda"
+    run(found, claimed, stop=lambda: False)
+    assert found.backbone is not None
+    assert found.backbone.features.train.is_cuda
+    trials = [t for t in ready.trials() if rung_of(t) == "head"]
+    assert {(t.state, t.user_attrs["reason"]) for t in trials} == {(TrialState.PRUNED, "head")}
+    assert max(t.user_attrs["metrics"]["adjusted"]["accuracy"] for t in trials) > 0.4
+
+
 def test_at_most_as_many_as_the_slot_has_lanes_are_taken(ready: Session, digits: Data) -> None:
     _, outcomes = cohort(ready, digits, lanes=5)
     assert len(outcomes) == 5

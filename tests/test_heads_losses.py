@@ -47,7 +47,8 @@ def closed_form(losses: list[Loss], logits: Tensor, targets: Tensor) -> tuple[Te
     table.note()
     hit = torch.nn.functional.one_hot(targets, CLASSES).t().to(logits.dtype)[None]
     weight = torch.full((LANES, 1, SAMPLES), 1 / SAMPLES, dtype=logits.dtype)
-    batch = Batch(targets, hit, weight, torch.tensor([[SAMPLES]]), torch.zeros(1).long())
+    sizes = torch.tensor([[SAMPLES]])
+    batch = Batch(targets, hit, weight, sizes, torch.zeros(1).long(), table.decay(sizes)[0])
     mult, add = table["mult"][:, :, None], table["add"][:, :, None]
     kinds = {row.kind for row in rows if row is not None}
     found, values = GRADIENTS[kinds.pop()](logits * mult + add, batch, table, True)

@@ -15,7 +15,7 @@ from tuner.augment import Augmenter
 from tuner.backends import cache_folder
 from tuner.datasets import Data
 from tuner.errors import TunerError
-from tuner.heads import Features, HeadResult, cached_features, train_heads
+from tuner.heads import COHORT, Features, HeadResult, cached_features, train_heads
 from tuner.ladder import rung_of
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -72,7 +72,10 @@ def train(recipe: Recipe, data: Data, device: str) -> Lane:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """The network whose features the head rung trains on: as a lane, and the features."""
+    """The network whose features the head rung trains on: as a lane, and the features.
+
+    Both are on the device where classifiers are trained.
+    """
 
     lane: Lane
     features: Features
@@ -95,7 +98,7 @@ def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbon
     else:
         _wait_for_weights(session, baseline)
         lane = trained_lane(session, baseline, data, device)
-    return Backbone(lane, _features(lane, data, settings.copies, folder))
+    return Backbone(lane, _features(lane, data, settings.copies, folder).to(device))
 
 
 def _features(lane: Lane, data: Data, copies: int, folder: Path) -> Features:
@@ -135,7 +138,10 @@ def _unmixed(recipe: Recipe, data: Data) -> Augmenter:
 def head_lane(session: Session, recipe: Recipe, data: Data, device: str) -> Lane:
     """A recipe's classifier trained once more on the features, with the backbone before it."""
     found = backbone(session, data, device, features_folder())
-    [(_, result)] = train_heads([recipe], found.features, data, session.file.ladder.head)
+    settings = session.file.ladder.head
+    [(_, result)] = train_heads(
+        [recipe], found.features, data, settings, lanes=COHORT, device=device
+    )
     return assembled(recipe, found, result, data, device)
 
 

@@ -6,6 +6,10 @@ anything else wants a core. All train recipes of the same kind on the same featu
 epochs and judge the same validation part; no storage.
 
     python tests/benchmarks/heads.py cifar10 --seed 0    # a folder with train/ of class folders
+    python tests/benchmarks/heads.py --device cuda --lanes 128 --ordinary 0
+
+Without a folder, features of as many images are drawn: for speed alone. The ordinary loop is
+always on the CPU; ``--ordinary 0`` leaves it out.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,14 +29,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from tuner import checkpoint
-from tuner.datasets import Data
+from tuner.datasets import Data, Part, ResidentImages
 from tuner.heads import Features, HeadTraining, cached_features, train_heads
+from tuner.imbalance import Groups
 from tuner.metrics import evaluate
 from tuner.models import Classifier
 from tuner.recipe import Recipe
 from tuner.trainer import epochs
 
-PROCESSES = 2
 LOSSES: dict[str, Callable[[Callable[[float, float], float]], dict[str, Any]]] = {
     "cross_entropy": lambda u: {},
     "weighted_cross_entropy": lambda u: {"power": u(0, 1), "start": 0.5},
@@ -62,7 +67,40 @@ def recipes(base: Recipe, number: int, seed: int) -> list[Recipe]:
     return made
 
 
-def prepared(root: Path, seed: int, length: int) -> tuple[Recipe, Data, Features]:
+def drawn(width: int = 64) -> tuple[Recipe, Data, Features]:
+    """Ten classes 100:1 of as many images as CIFAR-10-LT has, about means drawn at random."""
+    draws = torch.Generator().manual_seed(0)
+    means = torch.randn(10, width, generator=draws)
+    counts = torch.tensor([round(5000 * 0.01 ** (c / 9)) for c in range(10)])
+    train = torch.repeat_interleave(torch.arange(10), counts)
+    held_out = torch.arange(10).repeat(100)
+    copies, validation = (
+        (means[targets] + 2 * torch.randn(2, len(targets), width, generator=draws)).half()
+        for targets in (train, held_out)
+    )
+    data = Data(
+        name="drawn",
+        train=Part(ResidentImages(torch.zeros(len(train), 1, 1, 1)), train),
+        validation=Part(ResidentImages(torch.zeros(len(held_out), 1, 1, 1)), held_out),
+        class_names=tuple("abcdefghij"),
+        mean=(0.0,),
+        std=(1.0,),
+        groups=Groups((0, 1, 2), (3, 4, 5, 6), (7, 8, 9)),
+        class_counts=counts,
+        pool_counts=counts,
+        fingerprint="drawn",
+    )
+    values = {"epochs": 1, "data": {"name": "digits"}, "model": {"name": "linear"}}
+    recipe = Recipe.from_dict(values)
+    return recipe, data, Features(copies, train, validation[0], 1.0, "drawn")
+
+
+def prepared(root: Path | None, seed: int, length: int) -> tuple[Recipe, Data, Features]:
+    """What to train on: of a folder, else drawn."""
+    return drawn() if root is None else of_folder(root, seed, length)
+
+
+def of_folder(root: Path, seed: int, length: int) -> tuple[Recipe, Data, Features]:
     """CIFAR-10-LT 100:1, and the features of a small CNN trained on it."""
     data = {
         "name": "image_folder",
@@ -133,45 +171,58 @@ def _judge(logits: torch.Tensor, data: Data) -> float:
     return float("nan") if value is None else value
 
 
-def fast(chosen: list[Recipe], features: Features, data: Data, settings: HeadTraining) -> float:
-    """Mean balanced accuracy of the recipes, trained by the engine."""
-    found = train_heads(chosen, features, data, settings)
-    return mean(_judge(result.logits, data) for _, result in found)
-
-
 _loaded: tuple[Recipe, Data, Features] | None = None
 
 
-def _begin(root: Path, seed: int, length: int) -> None:
+def _begin(root: Path | None, seed: int, length: int, device: str) -> None:
     global _loaded
     torch.set_num_threads(1)
-    _loaded = prepared(root, seed, length)
+    base, data, features = prepared(root, seed, length)
+    _loaded = (base, data, features.to(device))
 
 
-def _work(kind: str, number: int, seed: int, settings: HeadTraining) -> tuple[float, float, float]:
-    """Seconds, CPU-seconds and mean balanced accuracy of a share of the recipes."""
+@dataclass(frozen=True)
+class Share:
+    """What one process is to train."""
+
+    kind: str
+    number: int
+    seed: int
+    lanes: int
+    device: str
+
+
+def _work(share: Share) -> tuple[float, float, float]:
+    """Seconds of training, CPU-seconds and mean balanced accuracy of a share of the recipes."""
     assert _loaded is not None
     base, data, features = _loaded
-    chosen = recipes(base, number, seed)
+    chosen, settings = recipes(base, share.number, share.seed), HeadTraining()
     began, cpu = time.perf_counter(), time.process_time()
-    if kind == "engine":
-        quality = fast(chosen, features, data, settings)
+    if share.kind == "engine":
+        where: dict[str, Any] = {"lanes": share.lanes, "device": share.device}
+        found = [result for _, result in train_heads(chosen, features, data, settings, **where)]
+        seconds = time.perf_counter() - began
+        quality = mean(_judge(result.logits, data) for result in found)
     else:
-        quality = mean(ordinary(recipe, features, data, settings) for recipe in chosen)
-    return time.perf_counter() - began, time.process_time() - cpu, quality
+        here = features.to("cpu")
+        quality = mean(ordinary(recipe, here, data, settings) for recipe in chosen)
+        seconds = time.perf_counter() - began
+    return seconds, time.process_time() - cpu, quality
 
 
 def _measure(
-    kind: str, pools: dict[str, ProcessPoolExecutor], number: int, seed: int, settings: HeadTraining
-) -> tuple[float, float, float]:
-    """Trials per minute by the clock, CPU-milliseconds per trial, balanced accuracy."""
-    shares = [(kind, number, 100 * seed + share, settings) for share in range(PROCESSES)]
+    pool: ProcessPoolExecutor, kind: str, number: int, seed: int, given: argparse.Namespace
+) -> tuple[float, float, float, float]:
+    """Trials per minute by the clock, without judging, CPU-ms per trial, balanced accuracy."""
+    processes = range(given.processes)
+    shares = [Share(kind, number, 100 * seed + p, given.lanes, given.device) for p in processes]
     began = time.perf_counter()
-    done = list(pools[kind].map(_work, *zip(*shares, strict=True)))
+    done = list(pool.map(_work, shares))
     minutes = (time.perf_counter() - began) / 60
-    trials = number * PROCESSES
+    trials = number * given.processes
+    trained = 60 * trials / max(seconds for seconds, _, _ in done)
     cpu = sum(spent for _, spent, _ in done) / trials
-    return trials / minutes, 1000 * cpu, mean(quality for _, _, quality in done)
+    return trials / minutes, trained, 1000 * cpu, mean(quality for _, _, quality in done)
 
 
 def limits(features: Features, settings: HeadTraining, lanes: int = 64) -> dict[str, float]:
@@ -210,41 +261,49 @@ def _cpu(run: Callable[[], None], times: int = 100) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", type=Path)
+    parser.add_argument("root", type=Path, nargs="?", help="features are drawn without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=24, help="epochs of the backbone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=448, help="of the engine, per process")
     parser.add_argument("--ordinary", type=int, default=14, help="ordinary trials, per process")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--lanes", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="of the engine")
     given = parser.parse_args()
     torch.set_num_threads(1)
     settings = HeadTraining()
     _, data, features = prepared(given.root, given.seed, given.length)
-    print(f"{len(data.train)} training images, {features.train.shape[2]} features")
+    device = torch.cuda.get_device_name() if given.device != "cpu" else "cpu"
+    print(f"{len(data.train)} training images, {features.train.shape[2]} features, {device}")
+    kinds = {"engine": given.trials, "ordinary": given.ordinary}
     pools = {
         kind: ProcessPoolExecutor(
-            PROCESSES,
+            given.processes,
             get_context("spawn"),
             initializer=_begin,
-            initargs=(given.root, given.seed, given.length),
+            initargs=(given.root, given.seed, given.length, given.device),
         )
-        for kind in ("engine", "ordinary")
+        for kind, number in kinds.items()
+        if number
     }
-    found: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in pools}
-    for kind in pools:
-        _measure(kind, pools, 1, 99, settings)
+    found: dict[str, list[tuple[float, float, float, float]]] = {kind: [] for kind in pools}
+    for kind, pool in pools.items():
+        _measure(pool, kind, len(LOSSES) if kind == "engine" else 1, 99, given)
     for seed in range(given.rounds):
-        for kind in pools:
-            number = given.trials if kind == "engine" else given.ordinary
-            found[kind].append(_measure(kind, pools, number, seed, settings))
+        for kind, pool in pools.items():
+            found[kind].append(_measure(pool, kind, kinds[kind], seed, given))
+    print("| | trials/min | training alone | CPU ms/trial | balanced accuracy | per CPU-second |")
     samples = len(data.train) * settings.epochs
     for kind, rounds in found.items():
         columns = [
             f"{mean(c):.4g} ± {stdev(c) if len(c) > 1 else 0:.2g}"
             for c in zip(*rounds, strict=True)
         ]
-        speed = 1000 * samples / mean(cpu for _, cpu, _ in rounds)
+        speed = 1000 * samples / mean(cpu for _, _, cpu, _ in rounds)
         print(f"| {kind} | " + " | ".join(columns) + f" | {speed / 1e6:.3g} M |")
+    if given.device != "cpu":
+        return
     for name, speed in limits(features, settings).items():
         print(f"matrix products only, {name}: {speed / 1e6:.3g} M samples per CPU-second")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from tuner.heads._features import Features, cached_features
 from tuner.heads._rows import Row, row_of
-from tuner.heads._settings import HeadTraining
+from tuner.heads._settings import COHORT, HeadTraining
 from tuner.heads._train import HeadResult, train_heads
 
 __all__ = [
+    "COHORT",
     "Features",
     "HeadResult",
     "HeadTraining",

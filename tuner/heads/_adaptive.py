@@ -24,7 +24,8 @@ def spared_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax without the classes that are left out; a sample's own class never is."""
     _, classes, samples = u.shape
-    places = torch.arange(samples) * classes + torch.arange(classes)[:, None]
+    first = torch.arange(samples, device=u.device) * classes
+    places = first + torch.arange(classes, device=u.device)[:, None]
     draws = equalization_draws(EQUALIZATION_SEED, batch.steps[:, None, None], places)
     left_out = (draws < table["spared"][:, :, None]) & (batch.hit == 0)
     absent = torch.finfo(u.dtype).min / 4
@@ -54,12 +55,10 @@ def adaptive_gradient(
 def _observe(missed: Tensor, batch: Batch, table: Table) -> None:
     """Rate of each class: the ratio of two running sums that decay with every sample."""
     counted = batch.hit * batch.weight * batch.sizes[:, :, None]
-    # Number by number: powers in a tensor depend on where in it they stand.
-    halves = (batch.sizes / table["half_life"][:, 0]).flatten().tolist()
-    decay = torch.tensor([[0.5**half] for half in halves], dtype=counted.dtype)
+    assert batch.decay is not None
     sums = {"missed": (counted * missed).sum(2), "seen": counted.sum(2)}
     for name, now in sums.items():
-        table.state[name].mul_(decay).add_(now)
+        table.state[name].mul_(batch.decay).add_(now)
     missed, seen = table.state["missed"], table.state["seen"]
     table.state["rate"] = torch.where(seen > 0, missed / seen, table.state["rate"])
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Features:
     validation: Tensor
     scale: float
     key: str
+
+    def to(self, device: torch.device | str) -> Features:
+        """The same with the values on ``device``; the classes stay, as plans are made of them."""
+        train, validation = self.train.to(device), self.validation.to(device)
+        return replace(self, train=train, validation=validation)
 
 
 def cached_features(

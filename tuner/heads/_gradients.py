@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from tuner.heads._device import CPU, placed
 from tuner.heads._rows import Row
 
 VECTORS = ("weight", "mult", "add", "margin", "eps", "spared")
@@ -28,7 +29,7 @@ class Batch:
     ``hit`` (1 or K, C, B) is 1 at the class of each sample, else 0; ``targets`` are (B,) or
     (K, B). ``weight`` (K, 1, B) counts each sample in its lane's gradient, 1/B included.
     ``sizes`` (1 or K, 1) are the numbers of samples, ``steps`` (1 or K,) those of the steps
-    that went before.
+    that went before. ``decay`` (1 or K, 1) is what losses that remember keep of the past.
     """
 
     targets: Tensor
@@ -36,6 +37,7 @@ class Batch:
     weight: Tensor
     sizes: Tensor
     steps: Tensor
+    decay: Tensor | None = None
 
     def pick(self, table: Tensor) -> Tensor:
         """Values (K, 1, B) of a table (K, C) at the samples' classes."""
@@ -45,12 +47,17 @@ class Batch:
 
 
 class Table:
-    """The rows of all lanes; a row is overwritten in place."""
+    """The rows of all lanes: set on the CPU, and on the lanes' device as of the last ``note``."""
 
-    def __init__(self, lanes: int, classes: int, dtype: torch.dtype) -> None:
-        self.vectors = {name: torch.zeros(lanes, classes, dtype=dtype) for name in VECTORS}
-        self.numbers = {name: torch.zeros(lanes, 1, 1, dtype=dtype) for name in NUMBERS}
-        self.state = {name: torch.zeros(lanes, classes, dtype=dtype) for name in STATE}
+    def __init__(
+        self, lanes: int, classes: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.vectors = torch.zeros(len(VECTORS), lanes, classes, dtype=dtype)
+        self.numbers = torch.zeros(len(NUMBERS), lanes, 1, 1, dtype=dtype)
+        self.state = {
+            name: torch.zeros(lanes, classes, dtype=dtype, device=device) for name in STATE
+        }
         self.note()
 
     def admit(self, lane: int) -> None:
@@ -60,26 +67,44 @@ class Table:
 
     def set(self, lane: int, row: Row) -> None:
         """Overwrite the row of a lane; ``note`` must follow before the next step."""
-        for name, vectors in self.vectors.items():
+        for name, vectors in zip(VECTORS, self.vectors, strict=True):
             vectors[lane] = getattr(row, name)
-        for name, numbers in self.numbers.items():
+        for name, numbers in zip(NUMBERS, self.numbers, strict=True):
             numbers[lane] = getattr(row, name)
 
     def note(self) -> None:
-        """Take note of what no lane uses; leaving it out changes no bit of any lane."""
-        self.scaled = bool((self.vectors["mult"] != 1).any())
-        self.margins = bool((self.vectors["margin"] != 0).any())
-        self.focal = bool((self.numbers["gamma"] != 0).any())
+        """Take the rows to the device, and note what no lane uses.
+
+        Leaving that out changes no bit of any lane.
+        """
+        vectors = dict(zip(VECTORS, self.vectors, strict=True))
+        numbers = dict(zip(NUMBERS, self.numbers, strict=True))
+        self.scaled = bool((vectors["mult"] != 1).any())
+        self.margins = bool((vectors["margin"] != 0).any())
+        self.focal = bool((numbers["gamma"] != 0).any())
+        self.half_life = numbers["half_life"]
+        self.acting: dict[str, Tensor] = dict(
+            zip(VECTORS, placed(self.vectors, self.device), strict=True)
+        )
+        self.acting |= dict(zip(NUMBERS, placed(self.numbers, self.device), strict=True))
+
+    def decay(self, sizes: Tensor) -> Tensor:
+        """What running sums keep, (S, K, 1), after batches of ``sizes`` (S, 1 or K) samples."""
+        halves = sizes / self.half_life[:, 0, 0]
+        # Number by number: powers in a tensor depend on where in it they stand.
+        kept = [0.5**half for half in halves.flatten().tolist()]
+        return torch.tensor(kept, dtype=self.dtype).view(*halves.shape, 1)
 
     def keep(self, lanes: Tensor) -> None:
-        """Only the given lanes, in that order."""
-        for values in (self.vectors, self.numbers, self.state):
-            for name, tensor in values.items():
-                values[name] = tensor.index_select(0, lanes)
-        self.note()
+        """Only the given lanes, in that order; ``note`` must follow before the next step."""
+        self.vectors = self.vectors.index_select(1, lanes)
+        self.numbers = self.numbers.index_select(1, lanes)
+        chosen = placed(lanes, self.device)
+        for name, tensor in self.state.items():
+            self.state[name] = tensor.index_select(0, chosen)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.vectors[name] if name in self.vectors else self.numbers[name]
+        return self.acting[name]
 
 
 Gradient = Callable[[Tensor, Batch, Table, bool], tuple[Tensor, Tensor | None]]

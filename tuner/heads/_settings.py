@@ -18,6 +18,8 @@ COSINE_PACE = 4.0
 The curvature of the loss grows with that square; at the common rate the class vectors outgrow
 all further steps at once, and need hundreds to recover.
 """
+COHORT = 128
+"""Recipes that the head rung trains at once, unless memory lacks."""
 
 
 @component

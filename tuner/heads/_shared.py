@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from tuner.heads._adaptive import GRADIENTS
+from tuner.heads._device import filled, placed
 from tuner.heads._gradients import Batch
 from tuner.heads._plans import MIXTURE, Plan, lines, sampler_of, shared_planner
 from tuner.heads._rows import Kind, row_of
-from tuner.heads._stack import Stack
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
 
@@ -31,77 +32,94 @@ def train_shared(
     assert kind is not None
     validation = material.validation(head)
     for first in range(0, len(orders), lanes):
-        wave = _Wave(orders[first : first + lanes], material, head, kind)
+        wave = _Wave(orders[first : first + lanes], material, head, kind, lanes)
         if not wave.train(stop):
             return
+        losses = wave.losses.tolist()
         for lane, order in enumerate(wave.orders):
-            loss = float(wave.losses[lane])
-            yield order.index, material.result(wave.stack, lane, order, validation, loss)
+            yield order.index, material.result(wave.stack, lane, order, validation, losses[lane])
 
 
 class _Wave:
     """Lanes that begin and end together."""
 
-    def __init__(self, orders: Sequence[Order], material: Material, head: Head, kind: Kind) -> None:
-        self.orders, self.material, self.head = orders, material, head
-        self.gradient = GRADIENTS[kind]
-        size = (len(orders), material.classes, material.width)
-        self.stack = Stack(*size, features=material.features_wide, head=head, dtype=material.dtype)
-        self.ratios = torch.zeros(*size[:2], dtype=material.dtype)
-        size_of_batch = material.settings.batch_size
-        self.sizes = torch.tensor([[size_of_batch]])
-        self.real = (torch.arange(lines(size_of_batch)) < size_of_batch).to(material.dtype)
-        self.real /= size_of_batch
-        self.steps = 0
-        self.losses = torch.zeros(len(orders), dtype=torch.float64)
-        for lane, order in enumerate(orders):
+    def __init__(
+        self, orders: Sequence[Order], material: Material, head: Head, kind: Kind, lanes: int
+    ) -> None:
+        self.orders, self.material, self.head, self.kind = orders, material, head, kind
+        self.stack = material.stack(len(orders), lanes, head)
+        self.seated = filled(orders, len(self.stack))
+        for lane, order in enumerate(self.seated):
             order.admit(self.stack, lane)
+        settings, device = material.settings, material.device
+        size = settings.batch_size
+        self.sizes = torch.tensor([[size]])
+        self.sizes_there = placed(self.sizes, device)
+        real = torch.arange(lines(size), device=device) < size
+        self.real = real.to(material.dtype) / size
+        self.losses = torch.zeros(len(self.stack), dtype=torch.float64, device=device)
         self.planner = shared_planner(
             material.data,
             material.targets,
             copies=material.copies,
-            batch_size=material.settings.batch_size,
+            batch_size=size,
             seed=orders[0].recipe.seed,
         )
 
     def train(self, stop: Stop) -> bool:
         """Train to the end; False if ``stop`` said so before."""
-        epochs = self.material.settings.epochs
+        epochs, done = self.material.settings.epochs, 0
         for epoch in range(epochs):
             self._begin(epoch, epoch / epochs)
             plan = self.planner.whole(epoch, epoch / epochs)
-            for step in range(len(plan)):
-                self._step(plan, step, (epoch + step / len(plan)) / epochs, epoch == epochs - 1)
-                if stop():
-                    return False
+            if not self._epoch(plan, epoch, done, stop):
+                return False
+            done += len(plan)
         self.losses /= len(plan)
         return True
 
     def _begin(self, epoch: int, progress: float) -> None:
         """Losses and samplers as they act from ``progress`` on."""
-        data = self.material.data
-        for lane, order in enumerate(self.orders):
+        data, table = self.material.data, self.stack.table
+        ratios = torch.zeros(len(self.stack), self.material.classes, dtype=self.material.dtype)
+        for lane, order in enumerate(self.seated):
             acted = order.loss.active
             order.loss.advance(progress)
             if epoch == 0 or acted != order.loss.active:
                 row = row_of(order.loss)
                 assert row is not None
-                self.stack.table.set(lane, row)
+                table.set(lane, row)
             sampler = sampler_of(order.recipe)
             own = sampler.probabilities(data.class_counts, progress, data.groups)
-            self.ratios[lane] = MIXTURE.ratio(own, data.class_counts)
-        self.stack.table.note()
+            ratios[lane] = MIXTURE.ratio(own, data.class_counts)
+        self.ratios = placed(ratios, self.material.device)
+        table.note()
+        self.decay = None
+        if self.kind == "adaptive":
+            self.decay = placed(table.decay(self.sizes)[0], self.material.device)
 
-    def _step(self, plan: Plan, step: int, progress: float, value: bool) -> None:
+    def _epoch(self, plan: Plan, epoch: int, done: int, stop: Stop) -> bool:
         material, settings = self.material, self.material.settings
-        inputs = material.inputs(plan.places[step], self.head)[None]
-        targets = plan.targets[step]
+        device, last = material.device, epoch == settings.epochs - 1
+        places, targets = placed(torch.stack((plan.places, plan.targets)), device)
+        progress = [(epoch + step / len(plan)) / settings.epochs for step in range(len(plan))]
+        rates = torch.tensor([settings.rate(share) for share in progress], dtype=material.dtype)
+        rates = placed(rates, device)
+        steps = torch.arange(done, done + len(plan), device=device)
+        for step, (inputs, hit) in enumerate(material.steps(places, targets, self.head)):
+            batch = self._batch(targets[step], hit, steps[step, None])
+            self._step(inputs[None], batch, rates[step], last)
+            if stop():
+                return False
+        return True
+
+    def _batch(self, targets: Tensor, hit: Tensor, steps: Tensor) -> Batch:
         weight = self.ratios.index_select(1, targets)[:, None] * self.real
-        steps = torch.tensor([self.steps])
-        self.steps += 1
-        batch = Batch(targets, material.hits(targets)[None], weight, self.sizes, steps)
+        return Batch(targets, hit[None], weight, self.sizes_there, steps, self.decay)
+
+    def _step(self, inputs: Tensor, batch: Batch, rate: Tensor, value: bool) -> None:
         logits = self.stack.logits(inputs)
-        gradient, losses = self.gradient(logits, batch, self.stack.table, value)
-        self.stack.step(inputs, gradient, torch.tensor(settings.rate(progress), dtype=inputs.dtype))
+        gradient, losses = GRADIENTS[self.kind](logits, batch, self.stack.table, value)
+        self.stack.step(inputs, gradient, rate)
         if losses is not None:
             self.losses += losses.double().sum((1, 2))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tuner.heads._device import placed
 from tuner.heads._gradients import Table
 from tuner.heads._settings import COSINE_PACE, MOMENTUM, WEIGHT_DECAY
 from tuner.models import CosineHead, Head
@@ -25,15 +26,23 @@ class Stack:
     """
 
     def __init__(
-        self, lanes: int, classes: int, width: int, *, features: int, head: Head, dtype: torch.dtype
+        self,
+        lanes: int,
+        classes: int,
+        width: int,
+        *,
+        features: int,
+        head: Head,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.features, self.head = features, head
-        self.weight = torch.zeros(lanes, classes, width, dtype=dtype)
-        self.bias = torch.zeros(lanes, classes, 1, dtype=dtype)
+        self.features, self.head, self.device = features, head, device
+        self.weight = torch.zeros(lanes, classes, width, dtype=dtype, device=device)
+        self.bias = torch.zeros(lanes, classes, 1, dtype=dtype, device=device)
         self.momentum = torch.zeros_like(self.weight)
         self.bias_momentum = torch.zeros_like(self.bias)
-        self.pace = torch.ones(lanes, 1, 1, dtype=dtype)
-        self.table = Table(lanes, classes, dtype)
+        self.pace = torch.ones(lanes, 1, 1, dtype=dtype, device=device)
+        self.table = Table(lanes, classes, dtype, device)
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -44,27 +53,26 @@ class Stack:
         A linear one starts at zero, as the problem is convex and a random start only noise; a
         cosine one at directions drawn from ``seed``.
         """
-        self.weight[lane] = self._start(seed)
+        self.weight[lane] = 0.0 if self.head == "linear" else self._directions(seed)
         self.pace[lane] = COSINE_PACE / scale**2 if self.head == "cosine" else 1.0
         self.bias[lane] = bias or 0.0
         self.momentum[lane] = 0.0
         self.bias_momentum[lane] = 0.0
         self.table.admit(lane)
 
-    def _start(self, seed: int) -> Tensor:
+    def _directions(self, seed: int) -> Tensor:
         _, classes, width = self.weight.shape
-        if self.head == "linear":
-            return torch.zeros(classes, width)
         with seeded(seed, "head"):
             drawn = CosineHead(self.features, classes).weight.detach()
-        return pad(drawn, (0, width - self.features))
+        return placed(pad(drawn, (0, width - self.features)), self.device)
 
     def keep(self, lanes: list[int]) -> None:
-        """Only the given lanes, in that order."""
-        chosen = torch.tensor(lanes, dtype=torch.int64)
+        """Only the given lanes, in that order; the table must be noted before the next step."""
+        kept = torch.tensor(lanes, dtype=torch.int64)
+        self.table.keep(kept)
+        chosen = placed(kept, self.device)
         for name in ("weight", "bias", "momentum", "bias_momentum", "pace"):
             setattr(self, name, getattr(self, name).index_select(0, chosen))
-        self.table.keep(chosen)
 
     def logits(self, inputs: Tensor) -> Tensor:
         """mult·z + add of the lanes' losses, (K, C, B), for inputs (1 or K, B, D)."""

@@ -40,6 +40,7 @@ def train_heads(
     lanes: int = 64,
     stop: Stop = lambda: False,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, HeadResult]]:
     """Train a classifier per recipe; yields index and result of each, in any order.
 
@@ -50,19 +51,23 @@ def train_heads(
     its own.
 
     A recipe's numbers depend on nothing but the recipe, the features and the settings: not on
-    the other recipes, nor on ``lanes``. One that diverges says so in its result.
+    the other recipes, nor, on the CPU, on ``lanes``. One that diverges says so in its result.
 
     Args:
         recipes: What to train; parts that cannot act here are not looked at.
         features: Of one backbone, see ``cached_features``.
         data: The data they are made of.
         settings: How to train.
-        lanes: How many recipes are trained at once at most; memory grows with it.
+        lanes: How many recipes are trained at once at most; memory grows with it. On a GPU
+            stacks have that size however few recipes there are, and another one may round
+            otherwise.
         stop: Asked after every step; when it says so, no more results come.
         dtype: Of the computation; float64 is for tests.
+        device: Where to compute; features that are there already are not copied again. What
+            is drawn is the same on every device, and results come on the CPU.
     """
     settings = settings.for_images(len(features.train_targets))
-    material = Material(features, data, settings, dtype)
+    material = Material(features, data, settings, dtype, torch.device(device))
     orders = [Order.of(index, recipe, data) for index, recipe in enumerate(recipes)]
     for like, alike in _partition(orders, settings).items():
         train = train_shared if like.shared else train_own

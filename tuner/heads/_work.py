@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from tuner.datasets import Data
+from tuner.heads._device import at_once, seats
 from tuner.heads._features import Features
 from tuner.heads._plans import lines
 from tuner.heads._settings import HeadTraining
@@ -23,7 +24,7 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, eq=False)
 class HeadResult:
-    """What training one classifier gave.
+    """What training one classifier gave, on the CPU.
 
     Attributes:
         logits: Of the validation part, (V, C) float32, scaled as ``Lane.logits`` does.
@@ -72,17 +73,39 @@ class Material:
     """
 
     def __init__(
-        self, features: Features, data: Data, settings: HeadTraining, dtype: torch.dtype
+        self,
+        features: Features,
+        data: Data,
+        settings: HeadTraining,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        features = features.to(device)
         self.features, self.data, self.settings, self.dtype = features, data, settings, dtype
+        self.device = device
         self.copies, _, self.features_wide = features.train.shape
         self.width = lines(self.features_wide)
         self.rows = features.train.flatten(0, 1)
         self.targets = features.train_targets
         self.classes = data.num_classes
+        self.each_class = torch.arange(self.classes, device=device)[:, None]
         first = features.train[0].to(dtype)
         self.mean = first.mean(0)
         self.unit = float((first - self.mean).square().sum(1).mean().sqrt()) or 1.0
+
+    def stack(self, number: int, lanes: int, head: Head) -> Stack:
+        """A stack for ``number`` recipes where ``lanes`` may be trained at once."""
+        size = (seats(number, lanes, self.device), self.classes, self.width)
+        return Stack(
+            *size, features=self.features_wide, head=head, dtype=self.dtype, device=self.device
+        )
+
+    def steps(self, places: Tensor, targets: Tensor, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and hits of step after step of a plan; a GPU makes those of many at once."""
+        many = at_once(places[0].numel() * (self.width + self.classes), self.device)
+        for first in range(0, len(places), many):
+            part = slice(first, first + many)
+            yield from zip(self.inputs(places[part], head), self.hits(targets[part]), strict=True)
 
     def inputs(self, places: Tensor, head: Head) -> Tensor:
         """Inputs (…, width) of a head at places of the features, copy · N + image."""
@@ -104,8 +127,7 @@ class Material:
 
     def hits(self, targets: Tensor) -> Tensor:
         """1 at each sample's class, (…, C, B), for targets (…, B)."""
-        classes = torch.arange(self.classes)[:, None]
-        return (targets.unsqueeze(-2) == classes).to(self.dtype)
+        return (targets.unsqueeze(-2) == self.each_class).to(self.dtype)
 
     def result(
         self, stack: Stack, lane: int, order: Order, validation: Tensor, train_loss: float
@@ -119,6 +141,7 @@ class Material:
             logits += bias
             bias -= weight @ self.mean / self.unit
             weight = weight / (self.unit * self.features.scale)
-        logits = logits.float() * order.recipe.loss.output_scale()
+        logits = (logits.float() * order.recipe.loss.output_scale()).cpu()
         finite = bool(logits.isfinite().all()) and train_loss - train_loss == 0
-        return HeadResult(logits, weight, bias, train_loss, not finite)
+        bias = None if bias is None else bias.cpu()
+        return HeadResult(logits, weight.cpu(), bias, train_loss, not finite)

@@ -20,7 +20,7 @@ from tuner.metrics import METRICS
 from tuner.proposals import forget
 from tuner.recipe import Recipe
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
-from tuner.rungs.memory import is_out_of_memory
+from tuner.rungs.memory import free, is_out_of_memory
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.recipes import kept_trials, resolve
 from tuner.rungs.results import constrain
@@ -50,16 +50,19 @@ def run_cohort(
         first, *rest = _Cohort(slot, [attempt, *others], found).run(stop)
     except BaseException as error:
         _put_back(slot, others)
-        if is_out_of_memory(error) and slot.lanes > 1:
-            slot.lanes //= 2
-            log.warning("out of memory; now %d classifiers at once", slot.lanes)
-            return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
-        raise
-    for outcome in rest:
-        on_trial(outcome)
-    if first.state == "lost":
-        raise LeaseLostError
-    return first
+        if not is_out_of_memory(error) or slot.lanes == 1:
+            raise
+    else:
+        for outcome in rest:
+            on_trial(outcome)
+        if first.state == "lost":
+            raise LeaseLostError
+        return first
+    # Outside of the handler: the error holds what the failed try had in memory.
+    slot.lanes //= 2
+    free(slot.device)
+    log.warning("out of memory; now %d classifiers at once", slot.lanes)
+    return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
 
 
 def _backbone(slot: Slot) -> Backbone:
@@ -97,9 +100,14 @@ class _Cohort:
 
         forget(self.session, "head")
         self.recipes = [resolve(self.session, a.trial, self.data) for a in self.attempts]
-        settings, lanes = self.session.file.ladder.head, self.slot.lanes
         trained = train_heads(
-            self.recipes, self.found.features, self.data, settings, lanes=lanes, stop=over
+            self.recipes,
+            self.found.features,
+            self.data,
+            self.session.file.ladder.head,
+            lanes=self.slot.lanes,
+            stop=over,
+            device=self.slot.device,
         )
         for index, result in trained:
             self.results[index] = (result, self._judge(self.recipes[index], result))

@@ -9,13 +9,12 @@ from typing import Literal
 from optuna.trial import Trial
 
 from tuner.datasets import Data
+from tuner.heads import COHORT
 from tuner.pulse import Pulse
 from tuner.rungs.peers import Peers
 from tuner.session import Session
 from tuner.trained import Backbone
 from tuner.trainer import EpochResult
-
-COHORT = 128
 
 State = Literal["complete", "duplicate", "pruned", "failed", "interrupted", "lost"]
 OnEpoch = Callable[[Trial, EpochResult, float], None]
