@@ -95,7 +95,7 @@ def test_cohort_trains_on_the_gpu(ready: Session, digits: Data) -> None:
     assert claimed is not None
     found = slot(ready, digits.to("cuda"), claimed)
     found.device = "cuda"
-    run(found, claimed, stop=lambda: False)
+    run_alone(found, claimed)
     assert found.backbone is not None
     assert found.backbone.features.train.is_cuda
     trials = [t for t in ready.trials() if rung_of(t) == "head"]
