@@ -20,6 +20,7 @@ from tuner.datasets import Data, StreamedImages
 from tuner.errors import TunerError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
+from tuner.steps import _graph
 from tuner.trainer import EpochResult, Interrupted, epochs
 
 
@@ -184,9 +185,12 @@ def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(tmp_pat
 
 
 @pytest.mark.gpu
-def test_training_on_the_gpu_goes_on_with_its_own_dropout(digits: Data, tmp_path: Path) -> None:
+def test_training_on_the_gpu_goes_on_with_its_own_dropout(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    monkeypatch.setattr(_graph, "CHUNK", 1)
     which, data = recipe(**VARIED["dropout"]), digits.to("cuda")
     whole = list(epochs(which, data, device="cuda"))
     _, interruption = stopped(which, data, 3, device="cuda")

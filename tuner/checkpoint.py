@@ -131,8 +131,17 @@ def restore_optimizer(
     try:
         _check_shapes(optimizer, parts["state"])
         optimizer.load_state_dict({"state": parts["state"], "param_groups": groups})
+        _lay_out(optimizer)
     except ValueError as error:
         raise CheckpointError(f"optimizer state does not fit the model: {error}") from error
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Let what is kept of a parameter lie in memory as the parameter does."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _keep_execution(own: Mapping[str, Any], group: dict[str, Any]) -> None:

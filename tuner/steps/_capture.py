@@ -158,15 +158,18 @@ def into(rows: Tensor, values: Tensor) -> None:
 
 @contextmanager
 def _as_before(lane: Lane, total: Tensor) -> Iterator[None]:
-    """Undo what happens to the lane's tensors inside the block.
+    """Undo what happens to the lane inside the block.
 
     What the optimizer sets up inside is set to zero, as torch's own start.
     """
     kept = [(tensor, tensor.detach().clone()) for tensor in _tensors(lane, total)]
     known = {tensor.data_ptr() for tensor in _of_optimizer(lane)}
+    loss = dict(vars(lane.loss))
     try:
         yield
     finally:
+        vars(lane.loss).clear()
+        vars(lane.loss).update(loss)
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
