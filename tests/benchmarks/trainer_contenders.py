@@ -92,7 +92,7 @@ def _tuner(task: Task, file: StudyFile, data: Data) -> Trials:
     return trials
 
 
-class _Pictures(Dataset[tuple[Tensor, int]]):
+class Pictures(Dataset[tuple[Tensor, int]]):
     """What torchvision's CIFAR10 and FashionMNIST do: an array in memory, a PIL image each."""
 
     def __init__(self, part: Part, transform: Any) -> None:
@@ -107,12 +107,12 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
 
 
-def _study(task: Task, tries: int = 5) -> optuna.Study:
+def optuna_study(name: str, url: str, tries: int = 5) -> optuna.Study:
     """The study of a side; Optuna's processes that make tables at the same time make them fail."""
     try:
         return optuna.create_study(
-            study_name=task.side,
-            storage=task.url,
+            study_name=name,
+            storage=url,
             direction="maximize",
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),
@@ -121,12 +121,12 @@ def _study(task: Task, tries: int = 5) -> optuna.Study:
         if tries == 1:
             raise
         time.sleep(1.0)
-        return _study(task, tries - 1)
+        return optuna_study(name, url, tries - 1)
 
 
 def _ordinary(task: Task, file: StudyFile, data: Data) -> Trials:
     """An Optuna objective over the usual training loop."""
-    study = _study(task)
+    study = optuna_study(task.side, task.url)
     loop = OrdinaryLoop(file, data)
 
     def trials(count: int, _name: str) -> list[float]:
@@ -145,14 +145,20 @@ def _ordinary(task: Task, file: StudyFile, data: Data) -> Trials:
 class OrdinaryLoop:
     """DataLoader with torchvision transforms, WeightedRandomSampler, SGD in float32."""
 
-    def __init__(self, file: StudyFile, data: Data) -> None:
+    def __init__(
+        self, file: StudyFile, data: Data, *, device: str = "cpu", workers: int = 0
+    ) -> None:
         from torchvision import transforms as T
 
         plain = [T.ToTensor(), T.Normalize(data.mean, data.std)]
         changed = [T.RandomCrop(data.image_shape[1], padding=PADDING), T.RandomHorizontalFlip()]
-        self.train = _Pictures(data.train, T.Compose([*changed, *plain]))
-        self.validation = _Pictures(data.validation, T.Compose(plain))
-        self.file, self.data = file, data
+        self.train = Pictures(data.train, T.Compose([*changed, *plain]))
+        self.validation = Pictures(data.validation, T.Compose(plain))
+        self.file, self.data, self.device = file, data, device
+        self.loading: dict[str, Any] = {"num_workers": workers, "pin_memory": device != "cpu"}
+        if workers:
+            # As on Linux by default, but not in a process that was spawned itself.
+            self.loading["multiprocessing_context"] = "fork"
         self.recipe = file.space.suggest(optuna.trial.FixedTrial(file.space.defaults()))
 
     def objective(self, trial: Trial) -> float:
@@ -160,31 +166,52 @@ class OrdinaryLoop:
         lr = trial.suggest_float("lr", *LR, log=True)
         exponent = trial.suggest_float("exponent", *EXPONENT)
         torch.manual_seed(trial.number)
-        model = self.recipe.model.build(self.data.num_classes, self.data.image_shape)
-        optimizer = torch.optim.SGD(model.parameters(), lr, MOMENTUM, weight_decay=DECAY)
-        weights = (self.data.class_counts.double() ** -exponent)[self.data.train.targets]
-        sampler = WeightedRandomSampler(weights.tolist(), len(self.train))
-        train = DataLoader(self.train, BATCH, sampler=sampler)
+        model, optimizer = self.network(lr)
+        train = self.batches(exponent)
         for epoch in range(self.file.budget.epochs):
-            _train(model, train, optimizer)
+            model.train()
+            for pictures, targets in train:
+                self.step(model, optimizer, pictures, targets)
             score = self._score(model)
             trial.report(score, epoch)
         return score
 
+    def network(self, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A model on the device, and what trains it."""
+        model = self.recipe.model.build(self.data.num_classes, self.data.image_shape)
+        model = model.to(self.device)
+        return model, torch.optim.SGD(model.parameters(), lr, MOMENTUM, weight_decay=DECAY)
+
+    def batches(self, exponent: float) -> DataLoader[tuple[Tensor, int]]:
+        """Training images, drawn by weights of their classes."""
+        weights = (self.data.class_counts.double() ** -exponent)[self.data.train.targets]
+        sampler = WeightedRandomSampler(weights.tolist(), len(self.train))
+        return DataLoader(self.train, BATCH, sampler=sampler, **self.loading)
+
+    def step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, pictures: Tensor, targets: Tensor
+    ) -> float:
+        """One training step; its loss."""
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(pictures.to(self.device)), targets.to(self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.item()
+
+    def unseen(self) -> DataLoader[tuple[Tensor, int]]:
+        """Validation images."""
+        return DataLoader(self.validation, 256, **self.loading)
+
+    def hits(self, model: nn.Module, pictures: Tensor, targets: Tensor) -> Tensor:
+        """How many images of each class are right."""
+        right = model(pictures.to(self.device)).argmax(1).cpu() == targets
+        return torch.bincount(targets[right], minlength=self.data.num_classes)
+
     @torch.no_grad()
     def _score(self, model: nn.Module) -> float:
         model.eval()
-        hits, images = (torch.zeros(self.data.num_classes) for _ in range(2))
-        for pictures, targets in DataLoader(self.validation, 256):
-            right = model(pictures).argmax(1) == targets
-            hits += torch.bincount(targets[right], minlength=len(hits))
-            images += torch.bincount(targets, minlength=len(hits))
+        hits = torch.zeros(self.data.num_classes)
+        for pictures, targets in self.unseen():
+            hits += self.hits(model, pictures, targets)
+        images = torch.bincount(self.data.validation.targets, minlength=len(hits))
         return float((hits / images)[images > 0].mean())
-
-
-def _train(model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> None:
-    model.train()
-    for pictures, targets in loader:
-        optimizer.zero_grad()
-        F.cross_entropy(model(pictures), targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
