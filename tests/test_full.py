@@ -77,7 +77,7 @@ def test_equivalent_recipe_is_answered_from_the_record(
     losses = {"cross_entropy": {}, "asymmetric": {"eps": 0.0, "gamma_neg": 4.0}}
     session = make_session(space={"loss": losses}, budget={"trials": 2, "epochs": 3})
     run_next(session, digits)
-    monkeypatch.setattr(training, "epochs", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "epochs_in_turns", lambda *_, **__: pytest.fail("trained again"))
     outcome = run_next(session, digits)
     assert outcome.state == "duplicate"
     trial = stored(session, 1)
@@ -157,7 +157,7 @@ def test_error_in_the_code_fails_the_trial_and_keeps_the_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("somebody's bug")
 
-    monkeypatch.setattr(training, "epochs", broken)
+    monkeypatch.setattr(training, "epochs_in_turns", broken)
     session = make_session()
     assert run_next(session, digits).reason == "code_error"
     trial = stored(session, 0)
@@ -184,8 +184,9 @@ def test_trials_that_break_the_floor_are_no_peers_to_prune_by(
 
 
 def test_trial_that_went_to_another_worker_is_left_alone(
-    make_session: MakeSession, digits: Data
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(training, "WRITE_SECONDS", 0.0)
     session = make_session()
     taken: list[Any] = []
 
@@ -205,13 +206,30 @@ def test_trial_that_went_to_another_worker_is_left_alone(
     assert attempts[1]["token"] == taken[0].token
 
 
+def test_short_epochs_are_written_together_and_all_are_there_at_the_end(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "WRITE_SECONDS", 60.0)
+    session = make_session(budget={"trials": 2, "epochs": 4})
+    before = []
+
+    def look(*_: object) -> None:
+        before.append(len(session.ledger.epochs(stored(session, 0)._trial_id)))
+
+    run_next(session, digits, on_epoch=look)
+    assert before == [0, 0, 0, 0]
+    trial = stored(session, 0)
+    assert sorted(trial.intermediate_values) == [0, 1, 2, 3]
+    assert [row["epoch"] for row in session.ledger.epochs(trial._trial_id)] == [0, 1, 2, 3]
+
+
 def test_what_the_user_can_cure_leaves_the_trial_waiting_for_the_cure(
     make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise DataError("photos/cat/7.jpg cannot be decoded")
 
-    monkeypatch.setattr(training, "epochs", broken)
+    monkeypatch.setattr(training, "epochs_in_turns", broken)
     session = make_session()
     with pytest.raises(DataError, match=r"7\.jpg"):
         run_next(session, digits)
@@ -370,7 +388,7 @@ def test_device_that_broke_down_ends_the_process_and_leaves_the_trial_to_others(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     session = make_session()
-    monkeypatch.setattr(training, "epochs", broken)
+    monkeypatch.setattr(training, "epochs_in_turns", broken)
     with pytest.raises(SystemExit) as left:
         run_next(session, digits)
     assert left.value.code == 70

@@ -27,6 +27,8 @@ from tuner.stores import StoreError
 from tuner.trainer import EpochResult, Interrupted, epochs_in_turns
 
 CHECKPOINT_SECONDS = 10.0
+WRITE_SECONDS = 0.25
+"""Epochs that are shorter than this are written several at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Training:
         self.values = dict(trial.intermediate_values)
         self.seconds = float(trial.user_attrs.get("seconds", 0.0))
         self.spared = self._is_spared()
+        self.written = time.monotonic()
 
     def _is_spared(self) -> bool:
         search = self.session.file.search
@@ -166,6 +169,7 @@ class Training:
         try:
             if shared.share(self.session, self.recipe, result):
                 self.attempt.note({"stage_one_seconds": self.seconds})
+                self._write()
         except StoreError as error:
             log.warning("trial %d: stage one is not shared: %s", self.attempt.number, error)
             self.attempt.remark(f"stage one is not shared: {error}")
@@ -174,6 +178,8 @@ class Training:
         """Keep a checkpoint, unless the trial is another worker's; go on if that cannot be."""
         if self.attempt.is_lost:
             return
+        # Whoever goes on from here finds all epochs before.
+        self._write()
         try:
             artifacts.save_checkpoint(self.store, snapshot, self.identity)
         except StoreError as error:
@@ -194,9 +200,14 @@ class Training:
         self.values[result.epoch] = value
         self.attempt.report(result, value, metrics_of(assessment))
         # The last epoch is written with the result.
-        if result.epoch + 1 < self.recipe.epochs:
-            self.attempt.write()
+        due = time.monotonic() - self.written > WRITE_SECONDS
+        if due and result.epoch + 1 < self.recipe.epochs:
+            self._write()
         return value
+
+    def _write(self) -> None:
+        self.attempt.write()
+        self.written = time.monotonic()
 
     def _verdict(self, result: EpochResult, assessment: Assessment) -> str | None:
         """Why the trial is given up now; None to go on."""
