@@ -20,7 +20,7 @@ errors __init__
 registry stores
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules posthoc statistics
-training entries pruning
+training entries pruning compiled
 recipe
 lane loaded describe space evaluation sections
 steps

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tuner import contest
+from tuner.compiled import is_wanted
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe, dump_component
@@ -114,7 +115,8 @@ def _key(recipe: Recipe, data: Data, device: str) -> str:
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
     shape = "x".join(map(str, (recipe.training.batch_size, *data.image_shape)))
     where = f"{_device_name(device)}, {torch.get_num_threads()} threads"
-    return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}"
+    also = ", compiled too" if is_wanted() and torch.device(device).type == "cuda" else ""
+    return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}{also}"
 
 
 def _device_name(device: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tuner.compiled import is_wanted
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -52,17 +53,24 @@ def candidates(
 
 
 def _around(recipe: Recipe, data: Data, device: str, images: float) -> Iterator[Candidate]:
-    """The same recipe with fewer and more lanes, and without graphs."""
+    """The same recipe with fewer and more lanes, without graphs, and compiled if wanted."""
     format_ = recipe.training.precision, recipe.training.layout
-    for execution, lanes in ALONE:
-        found = rate(recipe, data, device, execution, lanes)
+    for way, lanes in ALONE:
+        found = rate(recipe, data, device, way, lanes)
         if found is not None:
-            yield *format_, found, execution, lanes
+            yield *format_, found, way, lanes
+    execution: Execution = "graph"
+    if is_wanted():
+        found = rate(recipe, data, device, "compiled", COMPARED)
+        if found is not None:
+            yield *format_, found, "compiled", COMPARED
+            execution = "compiled" if found > GAIN * images else "graph"
+            images = max(images, found)
     for lanes in MORE:
-        found = rate(recipe, data, device, "graph", lanes)
+        found = rate(recipe, data, device, execution, lanes)
         if found is None:
             return
-        yield *format_, found, "graph", lanes
+        yield *format_, found, execution, lanes
         if found < GAIN * images:
             return
         images = found

@@ -17,16 +17,18 @@ from tuner.checkpoint import (
     without_prefix,
 )
 from tuner.chunks import logits_in_chunks, number_of_chunks
+from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
 from tuner.optim import on_gpu, set_rate
-from tuner.recipe import Recipe
+from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import for_each_stage
 
 EVALUATION_BATCH = 512
 CACHED_BATCH = 256
+"""Of more images the maps leave a processor's cache: ResNet-20 takes 1.7 times as long with 512."""
 MAX_LOADERS = 4
 
 
@@ -48,6 +50,7 @@ class Lane:
         self.micro_batch = micro_batch
         self.epoch = 0
         self.stage = 0
+        self.compiles = False
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.generator = generator(recipe.seed, "augment")
         self.model = self._build_model()
@@ -208,15 +211,22 @@ class Lane:
 
     def _training_logits(self, inputs: Tensor) -> Tensor:
         chunks = number_of_chunks(len(inputs), self.micro_batch)
-        if chunks == 1:
-            return self._forward(inputs)
-        return logits_in_chunks(self._forward, inputs, chunks, self.model)
+        if chunks > 1:
+            return logits_in_chunks(self._forward, inputs, chunks, self.model)
+        return self._forward(inputs, compiled(self.model, self.kind) if self.compiles else None)
 
-    def _forward(self, inputs: Tensor) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """What compiled training passes are made for: model, head, images and number formats."""
+        model = dump_component("model", self.recipe.model)
+        training, shape = self.recipe.training, self.data.image_shape
+        return f"{model} {self.recipe.loss.head} {shape} {training.precision} {training.layout}"
+
+    def _forward(self, inputs: Tensor, run: Forward | None = None) -> Tensor:
         inputs = inputs.contiguous(memory_format=self._layout)
         half = self.recipe.training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            logits: Tensor = self.model(inputs)
+            logits: Tensor = (run or self.model)(inputs)
         return logits.float()
 
     def rates(self, share: float) -> list[float]:
@@ -242,11 +252,7 @@ class Lane:
         return torch.cat(parts).cpu() * scale
 
     def _evaluation_batch(self) -> int:
-        """Without gradients, twice the images fit even where two large maps are all there is.
-
-        On the processor maps of more images leave its cache, and the allocator asks the system
-        for them anew each time: ResNet-20 takes 1.7 times as long with 512 images in float32.
-        """
+        """Without gradients twice the images fit; on a processor, few maps fit into its cache."""
         most = CACHED_BATCH if self.device.type == "cpu" else EVALUATION_BATCH
         return min(most, 2 * (self.micro_batch or most))
 

@@ -8,15 +8,18 @@ import traceback
 from collections.abc import Callable, Generator
 from typing import Any
 
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tuner import artifacts
-from tuner.backends import chosen
+from tuner.backends import Speed, chosen
+from tuner.compiled import fetch, is_wanted, keep
 from tuner.engines import PATIENCE, passes
 from tuner.errors import NonFiniteError, StorageError, TunerError
 from tuner.ladder import rung_of
 from tuner.ledger import Changes, Lease, LeaseLostError
+from tuner.recipe import Recipe
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
 from tuner.rungs.head import run_cohort
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory, smaller
@@ -24,6 +27,7 @@ from tuner.rungs.outcome import OnEpoch, Outcome, Slot, State
 from tuner.rungs.recipes import equivalent, resolve
 from tuner.rungs.results import complete, constrain, finish
 from tuner.rungs.training import Complete, Pruned, Stopped, Training, metrics_of
+from tuner.stores import StoreError
 
 EX_BROKEN = 70
 
@@ -91,7 +95,7 @@ def _run(
 ) -> Generator[None, None, Outcome]:
     session, data = slot.session, slot.data
     recipe = resolve(session, attempt.trial, data, slot.device)
-    way = chosen(recipe, data, slot.device)
+    way = _way(slot, recipe)
     slot.side_by_side = way.lanes
     known = equivalent(session, recipe, attempt.number)
     if known is not None:
@@ -115,6 +119,18 @@ def _run(
             return _make_room(slot, attempt)
         slot.micro_batch = size
         log.warning("trial %d: out of memory; now %d images at once", attempt.number, size)
+
+
+def _way(slot: Slot, recipe: Recipe) -> Speed:
+    """How to execute a recipe; what was compiled to find that out is shared."""
+    if torch.device(slot.device).type == "cuda" and is_wanted():
+        name = torch.cuda.get_device_name(slot.device).replace(" ", "-")
+        with contextlib.suppress(StoreError):
+            fetch(slot.session.store, name)
+            found = chosen(recipe, slot.data, slot.device)
+            keep(slot.session.store, name)
+            return found
+    return chosen(recipe, slot.data, slot.device)
 
 
 def _make_room(slot: Slot, attempt: Attempt) -> Outcome:

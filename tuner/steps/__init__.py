@@ -15,14 +15,16 @@ from tuner.steps._plain import PlainSteps
 
 __all__ = ["Execution", "GraphSteps", "PlainSteps", "Steps", "steps_of"]
 
-Execution = Literal["auto", "plain", "graph"]
+Execution = Literal["auto", "plain", "graph", "compiled"]
 
 
 def steps_of(lane: Lane, execution: Execution = "auto") -> Steps:
     """What executes the steps of ``lane``: graphs where they can be, unless told otherwise.
 
-    Graphs need a CUDA device, whole batches and images that lie on the device.
+    Graphs need a CUDA device, whole batches and images that lie on the device. "compiled" are
+    graphs of passes that torch.compile made.
     """
+    lane.compiles = execution == "compiled"
     resident = isinstance(lane.data.train.images, ResidentImages)
     possible = lane.device.type == "cuda" and lane.micro_batch is None and resident
     return GraphSteps(lane) if possible and execution != "plain" else PlainSteps(lane)
