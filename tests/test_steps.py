@@ -170,8 +170,8 @@ def test_training_begun_on_a_gpu_goes_on_on_a_processor(
         back = through_a_file(second.snapshot(), tmp_path)
         again = list(epochs(which, on_device, device="cuda", resume=back))
         assert [second.epoch, *(r.epoch for r in again)] == [1, 2, 3]
-        accuracy = (again[-1].logits.argmax(1) == digits.validation.targets).float().mean()
-        assert accuracy > 0.5
+        whole = trained(which, on_device, device="cuda")
+        torch.testing.assert_close(again[-1].logits, whole.logits[-1], rtol=0, atol=1e-2)
 
 
 class Curious(CrossEntropyLoss):
@@ -241,6 +241,8 @@ def test_memory_of_a_training_is_given_back_at_its_end(on_device: Data) -> None:
     left = []
     for _ in range(4):
         list(epochs(which, on_device, device="cuda"))
+        # Every stream has a workspace for matrix products; torch uses 32 streams by turns.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         left.append(torch.cuda.memory_reserved())
     assert left[1:] == left[:1] * 3

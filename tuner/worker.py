@@ -89,6 +89,7 @@ def work(
     device: str = "cpu",
     name: str | None = None,
     threads: int = 1,
+    lanes: int | None = None,
     wait: bool = True,
     stop: Callable[[], bool] = lambda: False,
     on_epoch: OnEpoch = lambda *_: None,
@@ -105,6 +106,8 @@ def work(
             back. By default one that nobody else has.
         threads: Threads for the processor. More make small models slower, up to 50-fold when
             processes share cores.
+        lanes: Trials to train side by side at most; by default as many as the probe found to
+            be worth it on the device (see ``tuner.backends``), one on a processor.
         wait: Whether to stay while others train the last trials, should they get lost.
         stop: Asked after every step.
         on_epoch: Called after every epoch with the trial, the result and the objective.
@@ -122,7 +125,7 @@ def work(
     if worker is None:
         return 0
     with Pulse(session.ledger, worker) as pulse:
-        slot = Slot(session, pulse, data, device, Peers(session))
+        slot = Slot(session, pulse, data, device, Peers(session), most=lanes)
         ended = _work(slot, wait, stop, on_epoch, _Telling(on_trial, on_cohort))
     session.ledger.leave(worker)
     raise_if_broken(session, session.ledger.order())

@@ -13,7 +13,7 @@ import typer
 
 from tuner.cli import _state, app
 from tuner.cli.options import Artifacts, DataFolder, Device, Storage, StudyName, joined
-from tuner.cli.slot import Grace
+from tuner.cli.slot import Grace, Lanes
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -51,6 +51,7 @@ def worker(
         ),
     ] = None,
     threads: Threads = None,
+    lanes: Lanes = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +74,7 @@ def worker(
 
     with StopRequest().installed() as stop:
         session = joined(study, storage, artifacts, writes=True, lasting=True)
-        environment = _environment(storage, data, artifacts, grace)
+        environment = _environment(storage, data, artifacts, grace, lanes)
         plans = _plans(session, device, gpus, slots, slots_per_gpu, threads, environment)
         name = name or _new_name()
         terminal = sys.stderr.isatty()
@@ -119,7 +120,11 @@ def _tuner() -> list[str]:
 
 
 def _environment(
-    storage: str | None, data: Path | None, artifacts: str | None, grace: float
+    storage: str | None,
+    data: Path | None,
+    artifacts: str | None,
+    grace: float,
+    lanes: int | None,
 ) -> dict[str, str]:
     """This process's environment, with what was said on the command line."""
     from tuner.storage import storage_url
@@ -129,6 +134,7 @@ def _environment(
         "TUNER_DATA": None if data is None else str(data),
         "TUNER_ARTIFACTS": artifacts,
         "TUNER_GRACE": str(grace),
+        "TUNER_LANES": None if lanes is None else str(lanes),
     }
     return {**os.environ, **{key: value for key, value in said.items() if value is not None}}
 
