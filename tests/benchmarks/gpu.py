@@ -5,7 +5,8 @@ The ordinary loop is what tutorials write (see ``trainer_contenders.py``): a pro
 ``loss.item()`` after every step, Optuna on SQLite. It is measured alone with 4 loader workers, and
 with as many processes as the cores can feed; the best of ``--crews`` is the saturated machine.
 Where a trial would take longer than ``--cap``, it is not trained but computed from some steps, and
-the output says so. Tuner's side is a study on SQLite, worked on by ``--processes`` workers.
+the output says so. Tuner's side is a study on SQLite, worked on by ``--processes`` workers of a
+model; the best number of those given counts.
 
     python tests/benchmarks/gpu.py --data FOLDER     # train/ and val/ with a folder per class
 """
@@ -34,10 +35,11 @@ from optuna.trial import FixedTrial, TrialState
 from trainer import study as base_study
 from trainer_contenders import optuna_study
 
-from tuner.backends import settled
+from tuner.backends import Speed, chosen, settled
+from tuner.datasets import Data
 from tuner.session import create, join
 from tuner.stores import FolderStore
-from tuner.study import parse
+from tuner.study import StudyFile, parse
 
 LIKE = {"mlp": "mlp", "small_cnn": "small_cnn", "resnet32": "resnet20"}
 """Whose images and study file of the processor's benchmark a model takes."""
@@ -126,11 +128,11 @@ def ordinary(model: str, crew: Crew, shape: tuple[int, int], options: argparse.N
     return Rate(rate, [score for _, scores in answers for score in scores], how)
 
 
-def tuner(model: str, crew: Crew, options: argparse.Namespace) -> Rate:
-    """The rate of Tuner's workers, after a study to warm up."""
-    lanes, count = options.lanes or 1, options.processes
-    crew.follow(Work(model, f"{model}-0", options.warm, lanes, options.lanes), count)
-    order = Work(model, f"{model}-1", options.seconds, 2 * lanes, options.lanes)
+def tuner(model: str, crew: Crew, count: int, options: argparse.Namespace) -> Rate:
+    """The rate of so many workers, after a study to warm up."""
+    lanes = options.lanes or options.ways[model].lanes
+    crew.follow(Work(model, f"{model}-0", options.warm, 1, options.lanes), count)
+    order = Work(model, f"{model}-1", options.seconds, 2, options.lanes)
     answers = crew.follow(order, count)
     ended = sorted(moment for _, moments in answers for moment in moments)
     began = min(moment for moment, _ in answers)
@@ -138,12 +140,10 @@ def tuner(model: str, crew: Crew, options: argparse.Namespace) -> Rate:
     if len(ended) <= first:
         raise SystemExit(f"{model}: {len(ended)} trials in {options.seconds} s: give --seconds")
     # Trials that are trained together end together: those of the first lanes are the start.
-    seconds = ended[-1] - began
-    whole = len(ended) / seconds
     steady = (len(ended) - first) / (ended[-1] - ended[first - 1])
-    how = f"{len(ended)} trials in {seconds:.1f} s, {whole:.2f} per s with the start"
-    rate = whole if options.lanes is None else steady
-    return Rate(rate, _scores(order.study, options), how)
+    seconds = ended[-1] - began
+    how = f"{len(ended)} trials in {seconds:.1f} s, {len(ended) / seconds:.2f} per s with the start"
+    return Rate(steady, _scores(order.study, options), how)
 
 
 def _scores(study: str, options: argparse.Namespace) -> list[float]:
@@ -166,8 +166,14 @@ def compare(model: str, hands: Crew, workers: Crew, options: argparse.Namespace)
     images = file.budget.epochs * len(data.train)
     for (count, loaders), rate in rates.items():
         _print(f"ordinary, {count} x {loaders} workers", rate, images)
-    own = tuner(model, workers, options)
-    _print(f"Tuner, {options.processes} x {options.lanes or 'default'} lanes", own, images)
+    options.ways[model] = way = _way(file, data, options.place.device)
+    print(f"the probe takes {way}", flush=True)
+    found = {}
+    for count in options.processes.get(model, [1]):
+        found[count] = tuner(model, workers, count, options)
+        lanes = options.lanes or way.lanes
+        _print(f"Tuner, {count} x {lanes} lanes", found[count], images)
+    own = max(found.values(), key=lambda rate: rate.trials_per_second)
     alone = rates[ALONE].trials_per_second
     most = max(rates[shape].trials_per_second for shape in options.crews)
     one, all_cores = GOALS[model]
@@ -177,6 +183,14 @@ def compare(model: str, hands: Crew, workers: Crew, options: argparse.Namespace)
         flush=True,
     )
     options.reached[model] = own.trials_per_second
+
+
+def _way(file: StudyFile, data: Data, device: str) -> Speed:
+    """How Tuner's workers will train, found before they begin."""
+    torch.set_num_threads(1)
+    on_device = data.to(device) if device != "cpu" else data
+    recipe = file.space.suggest(FixedTrial(file.space.defaults()))
+    return chosen(settled(recipe, on_device, device), on_device, device)
 
 
 def _print(name: str, rate: Rate, images: int) -> None:
@@ -229,6 +243,11 @@ def _epochs(text: str) -> tuple[str, int]:
     return model, int(count)
 
 
+def _counts(text: str) -> tuple[str, list[int]]:
+    model, _, counts = text.partition("=")
+    return model, [int(count) for count in counts.split(",")]
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -240,7 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1, help="per ordinary process")
     parser.add_argument("--cap", type=float, default=10.0, help="seconds of an ordinary trial")
     parser.add_argument("--steps", type=int, default=25, help="to warm up, and as many to time")
-    parser.add_argument("--processes", type=int, default=1, help="of Tuner, on the one GPU")
+    parser.add_argument("--processes", nargs="+", type=_counts, default=[], help="MODEL=1,8 …")
     parser.add_argument("--lanes", type=int, help="of each of them (default: as Tuner chooses)")
     parser.add_argument("--seconds", type=float, default=10.0, help="to measure Tuner")
     parser.add_argument("--warm", type=float, default=3.0, help="seconds before that")
@@ -249,6 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--copy", type=int, default=2048, help="megabytes")
     options = parser.parse_args()
     options.epochs, options.size, options.reached = dict(options.epochs), None, {}
+    options.processes, options.ways = dict(options.processes), {}
     return options
 
 
@@ -261,7 +281,8 @@ def main() -> None:
         os.environ["TUNER_CACHE"] = str(Path(scratch) / "cache")
         options.folder, options.place = Path(scratch), Place(Path(scratch), options.device)
         hands = Crew(options.place, max(count for count, _ in (ALONE, *options.crews)))
-        workers = Crew(options.place, options.processes)
+        counts = [count for model in options.models for count in options.processes.get(model, [1])]
+        workers = Crew(options.place, max(counts))
         _all(hands, workers, options)
     print(f"{time.monotonic() - began:.0f} s in all, load {os.getloadavg()[0]:.1f}")
 

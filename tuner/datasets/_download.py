@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TypeVar
 
+from tuner.alone import alone
 from tuner.errors import DataError
 
 T = TypeVar("T")
@@ -36,24 +36,13 @@ def fetch(
             f"it, or {way_out}"
         )
     try:
-        with redirect_stdout(sys.stderr), _alone(folder):
+        with redirect_stdout(sys.stderr), alone(folder):
             return load(True)
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"{name} is not in {folder} and cannot be downloaded ({_line(error)}); {way_out}. "
             'A folder of class folders works instead of it, with name = "image_folder" in [data]'
         ) from error
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process download ``folder`` at a time; those that waited find it there."""
-    import fcntl
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{folder}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _line(error: Exception) -> str:

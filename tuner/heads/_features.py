@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tuner.alone import alone
 from tuner.augment import Augmenter
 from tuner.datasets import Data, Images
 from tuner.errors import TunerError
@@ -72,7 +71,7 @@ def cached_features(
     """
     key = _key(model, data, augment, copies, seed)
     path = Path(folder) / f"{key}.safetensors"
-    with _alone(path):
+    with alone(path):
         found = _read(path)
         if found is None:
             _write(path, _compute(model, data, augment, copies, seed))
@@ -98,17 +97,6 @@ def _digest(total: Any, module: nn.Module) -> None:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         total.update(flat.numpy().tobytes())
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process of the machine at a time look for ``path`` and make it."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{path}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
