@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +190,20 @@ def test_lost_trial_leaves_its_neighbours_alone(
         ended += turns.go_on()
     assert [entry.outcomes[-1].state for entry in ended] == ["lost"] * 3
     assert isinstance(own.pulse, Pulse)
+
+
+@pytest.mark.gpu
+def test_gpu_trains_side_by_side_what_it_trains_one_by_one(
+    make_session: MakeSession, digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    data = digits.to("cuda")
+    together, alone = make_session(**STUDY), make_session(name="alone", **STUDY)
+    assert work(together, data, device="cuda") == 7
+    assert work(alone, data, device="cuda", lanes=1) == 7
+    assert results(together) == results(alone)
+    assert len(results(alone)) == 7
+    spans = sorted((a["claimed_at"], a["ended_at"]) for a in together.ledger.attempts())
+    assert any(later < end for (_, end), (later, _) in pairwise(spans)), "none beside another"
