@@ -1,6 +1,6 @@
 """CUDA graphs give what single steps give, and lanes side by side what they give alone.
 
-All of it needs a CUDA device but the first tests.
+A processor that records and replays shows it without a GPU; the tests after those need one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from replayed import HostGraphs
 from test_trainer_interruption import stopped, through_a_file
 from torch import Tensor
 from trainer_cases import VARIED, Trained, recipe, trained
@@ -20,8 +21,9 @@ from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.losses import CrossEntropyLoss
+from tuner.optim import for_graphs
 from tuner.recipe import Recipe
-from tuner.steps import GraphSteps, PlainSteps, steps_of
+from tuner.steps import Execution, GraphSteps, PlainSteps, Steps, _graph, steps_of
 from tuner.trainer import EpochResult, epochs, epochs_in_turns
 
 on_gpu = pytest.mark.gpu
@@ -53,6 +55,82 @@ def test_processor_trains_one_at_a_time_and_asks_no_probe(digits: Data) -> None:
     assert (way.execution, way.lanes) == ("plain", 1)
 
 
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> list[GraphSteps]:
+    """Let the processor execute graphs: its lanes, as they are made."""
+    made: list[GraphSteps] = []
+
+    def steps(lane: Lane, execution: Execution) -> Steps:
+        if execution == "plain":
+            return PlainSteps(lane)
+        made.append(GraphSteps(lane, HostGraphs()))
+        return made[-1]
+
+    monkeypatch.setattr("tuner.trainer.steps_of", steps)
+    monkeypatch.setattr("tuner.lane.on_gpu", for_graphs)
+    return made
+
+
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_what_is_drawn_ahead_and_replayed_trains_what_single_steps_train(
+    parts: dict[str, Any], digits: Data, replaying: list[GraphSteps]
+) -> None:
+    which = recipe(**parts)
+    plainly = trained(which, digits, execution="plain")
+    results = list(epochs(which, digits, execution="graph"))
+    assert plainly.ends_as(results)
+    (steps,) = replaying
+    assert steps.capturable
+
+
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_what_was_replayed_goes_on_where_it_was_stopped(
+    parts: dict[str, Any],
+    digits: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    replaying: list[GraphSteps],
+) -> None:
+    monkeypatch.setattr(_graph, "CHUNK", 2)
+    which = recipe(**parts)
+    whole = trained(which, digits)
+    for asked in (1, 5, 9):
+        _, interruption = stopped(which, digits, asked)
+        snapshot = through_a_file(interruption.snapshot, tmp_path)
+        rest = list(epochs(which, digits, resume=snapshot))
+        assert whole.ends_as(rest), f"stopped in epoch {interruption.epoch}"
+
+
+def test_step_is_recorded_once_for_each_size_of_batch(
+    digits: Data, replaying: list[GraphSteps]
+) -> None:
+    lane = Lane(recipe(), digits, "cpu")
+    sizes = {len(batch) for batch in lane.plan()}
+    list(epochs(recipe(), digits))
+    device = replaying[0].device
+    assert isinstance(device, HostGraphs)
+    assert device.recorded == len(sizes) == 2
+
+
+def test_step_is_recorded_anew_when_its_loss_changes(
+    digits: Data, replaying: list[GraphSteps]
+) -> None:
+    list(epochs(recipe(**VARIED["deferred sampler and weights"]), digits))
+    device = replaying[0].device
+    assert isinstance(device, HostGraphs)
+    assert device.recorded == 4
+
+
+@pytest.mark.usefixtures("replaying")
+def test_trainings_by_turns_wait_for_nothing_but_their_own_chunks(digits: Data) -> None:
+    recipes = [recipe(**parts) for parts in list(CASES.values())[:4]]
+    alone = [trained(which, digits) for which in recipes]
+    for results, expected in zip(
+        side_by_side(recipes[:3], digits, recipes[3:], device="cpu"), alone, strict=True
+    ):
+        assert expected.ends_as(results)
+
+
 @on_gpu
 @pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
 def test_graphs_train_what_single_steps_train(parts: dict[str, Any], on_device: Data) -> None:
@@ -74,12 +152,16 @@ def test_step_of_every_kind_is_captured(parts: dict[str, Any], on_device: Data) 
 
 
 def side_by_side(
-    recipes: list[Recipe], data: Data, late: list[Recipe] | None = None
+    recipes: list[Recipe],
+    data: Data,
+    late: list[Recipe] | None = None,
+    *,
+    device: str = "cuda",
 ) -> list[list[EpochResult]]:
     """Train recipes by turns; each of ``late`` takes the place of one that ended."""
     results: list[list[EpochResult]] = [[] for _ in [*recipes, *(late or [])]]
     waiting = list(enumerate(late or [], len(recipes)))
-    running = {i: epochs_in_turns(r, data, device="cuda") for i, r in enumerate(recipes)}
+    running = {i: epochs_in_turns(r, data, device=device) for i, r in enumerate(recipes)}
     while running:
         for i, training in list(running.items()):
             try:
@@ -88,7 +170,7 @@ def side_by_side(
                 del running[i]
                 if waiting:
                     place, which = waiting.pop(0)
-                    running[place] = epochs_in_turns(which, data, device="cuda")
+                    running[place] = epochs_in_turns(which, data, device=device)
                 continue
             if result is not None:
                 results[i].append(result)
@@ -146,8 +228,6 @@ def test_neighbour_that_diverges_is_not_noticed(
 def test_training_with_graphs_goes_on_where_it_was_stopped(
     parts: dict[str, Any], on_device: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuner.steps import _graph
-
     monkeypatch.setattr(_graph, "CHUNK", 2)
     which = recipe(**parts)
     whole = trained(which, on_device, device="cuda")
@@ -190,6 +270,16 @@ class Counting(CrossEntropyLoss):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
         return super().forward(logits, targets) / self.calls
+
+
+@pytest.mark.usefixtures("replaying")
+def test_loss_that_counts_outside_of_tensors_is_trained_step_by_step(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = recipe()
+    monkeypatch.setattr(type(which.loss), "build", lambda _, counts: Counting(counts))
+    plainly = trained(which, digits, execution="plain")
+    assert plainly.ends_as(list(epochs(which, digits, execution="graph")))
 
 
 @on_gpu

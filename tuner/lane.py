@@ -94,8 +94,7 @@ class Lane:
         optimizer = self.recipe.optimizer.build(self.model, no_decay=("head.bias",) if free else ())
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
-        if self.device.type == "cuda":
-            on_gpu(optimizer, self.device)
+        on_gpu(optimizer, self.device)
         return optimizer  # type: ignore[no-any-return]
 
     @property

@@ -36,8 +36,14 @@ def on_gpu(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Let an optimizer run inside a CUDA graph: its learning rates are tensors on the device.
 
     Fused where torch can, so that a step is a few kernels. One that knows no such option is left
-    as it is, and computes as its author meant.
+    as it is, and computes as its author meant. So is every one on a processor.
     """
+    if device.type == "cuda":
+        for_graphs(optimizer, device)
+
+
+def for_graphs(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """``on_gpu``, whatever the device."""
     for group in optimizer.param_groups:
         if "fused" in group:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)

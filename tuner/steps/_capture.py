@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tuner.augment import Drawn
 from tuner.lane import Lane
-from tuner.seeding import derive_seed, drawing_from, repeatable
+from tuner.seeding import repeatable
+from tuner.steps._device import GraphDevice
 
 if TYPE_CHECKING:
     from tuner.steps._graph import GraphSteps
@@ -38,14 +39,6 @@ def phase(lane: Lane) -> tuple[object, ...]:
     )
 
 
-def reseed(generator: torch.Generator, lane: Lane, random: Mapping[str, Tensor] | None) -> None:
-    """Let the lane's generator begin its epoch, or go on where ``random`` says."""
-    if random is not None and "cuda" in random:
-        generator.set_state(random["cuda"])
-    else:
-        generator.manual_seed(derive_seed(lane.recipe.seed, "epoch", lane.epoch))
-
-
 def _size(lane: Lane) -> tuple[int, int]:
     _, height, width = lane.data.image_shape
     return height, width
@@ -64,8 +57,7 @@ class Captured:
         self.drawn: Drawn = self._examples(chunk)
         self.losses = torch.zeros(chunk, size, device=device)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.graph = torch.cuda.CUDAGraph()
-        self._capture(steps)
+        self.replay = self._capture(steps.device)
 
     def _examples(self, steps: int) -> dict[str, Tensor]:
         """Rows as the coming epoch draws them, of a generator that is nobody's."""
@@ -74,25 +66,22 @@ class Captured:
         found = lane.augment.plan(steps, self.size, _size(lane), nobody, lane.progress)
         return {name: tensor.to(lane.device) for name, tensor in found.items()}
 
-    def _capture(self, steps: GraphSteps) -> None:
-        lane = self.lane
-        steps.stream.wait_stream(torch.cuda.current_stream(lane.device))
+    def _capture(self, device: GraphDevice) -> Callable[[], None]:
+        """The recorded step; the lane is as before."""
         with (
-            torch.cuda.stream(steps.stream),
-            repeatable(lane.device),
-            _as_before(lane, self.total),
-            drawing_from(steps.random, lane.device),
+            device.work(),
+            repeatable(self.lane.device),
+            _as_before(self.lane, self.total),
+            device.drawing(),
         ):
             try:
                 self._warm_up()
-                with _recording(self.graph, steps.pool):
-                    self._step()
+                return device.record(self._step)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 first = next(iter(str(error).splitlines()), "")
                 raise Uncapturable(f"{type(error).__name__}: {first}") from error
-        torch.cuda.current_stream(lane.device).wait_stream(steps.stream)
 
     def _warm_up(self) -> None:
         """Let libraries and optimizer set up what they keep, which a graph cannot."""
@@ -137,23 +126,10 @@ class Captured:
         return [(torch.cat(list(chunk)), self.losses[: len(chunk)].flatten().clone())]
 
 
-@contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """Record what the current stream is given; unlike torch's own, nobody else has to wait."""
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-    except BaseException:
-        # The error that spoilt the recording says more than the one that ending it raises.
-        with suppress(RuntimeError):
-            graph.capture_end()
-        raise
-    graph.capture_end()
-
-
 def into(rows: Tensor, values: Tensor) -> None:
     """Copy values into the first rows, without waiting."""
-    rows[: len(values)].copy_(values.pin_memory(), non_blocking=True)
+    given = values.pin_memory() if rows.is_cuda else values
+    rows[: len(values)].copy_(given, non_blocking=True)
 
 
 @contextmanager

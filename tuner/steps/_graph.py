@@ -17,8 +17,9 @@ from torch import Tensor
 
 from tuner.augment import Augmenter
 from tuner.lane import Lane
-from tuner.seeding import generator, generator_state
-from tuner.steps._capture import Captured, Uncapturable, phase, reseed
+from tuner.seeding import derive_seed, generator
+from tuner.steps._capture import Captured, Uncapturable, phase
+from tuner.steps._device import CudaGraphs, GraphDevice, Mark
 from tuner.steps._plain import PlainSteps
 
 CHUNK = 32
@@ -34,41 +35,46 @@ class GraphSteps:
     What cannot be captured, such as a loss that reads its own result, is executed plainly.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, device: GraphDevice | None = None) -> None:
         self.lane = lane
+        self.device = device or CudaGraphs(lane.device)
         self.plain = PlainSteps(lane)
         self.total = self.plain.total
-        self.stream = torch.cuda.Stream(lane.device)  # type: ignore[no-untyped-call]
-        self.random = generator_state(lane.device)
-        self.pool = torch.cuda.graph_pool_handle()
         self.captured: dict[tuple[object, ...], Captured] = {}
-        self.launched: deque[tuple[torch.cuda.Event, int]] = deque()
+        self.launched: deque[tuple[Mark, int]] = deque()
         self.capturable = type(lane.augment).forward is Augmenter.forward
 
     def run(
         self, batches: Sequence[Tensor], done: int, random: Mapping[str, Tensor] | None
     ) -> Generator[int | None, None, None]:
         """See ``Steps``; stops are for between chunks."""
-        self.total = self.plain.total
         try:
             if self.capturable:
                 self._capture_all(batches)
         except Uncapturable as reason:
-            log.info("a recipe is trained without CUDA graphs: %s", reason)
+            log.info("a recipe is trained without graphs: %s", reason)
             self.capturable = False
         if not self.capturable:
             yield from self.plain.run(batches, done, random)
             return
-        reseed(self.random, self.lane, random)
-        for begin, end in _chunks(batches, done):
-            self._launch(batches, begin, end)
-            while len(self.launched) > (AHEAD if end < len(batches) else 0):
-                yield from self._landed()
+        self.device.reseed(derive_seed(*self._epoch), random)
+        try:
+            for begin, end in _chunks(batches, done):
+                self._launch(batches, begin, end)
+                while len(self.launched) > (AHEAD if end < len(batches) else 0):
+                    yield from self._landed()
+        finally:
+            # Memory that the device still works on must not be given to others.
+            self.settle(done)
+
+    @property
+    def _epoch(self) -> tuple[object, ...]:
+        return self.lane.recipe.seed, "epoch", self.lane.epoch
 
     def _landed(self) -> Iterator[int | None]:
         """Wait for the oldest chunk; the steps done with it."""
-        event, end = self.launched[0]
-        while not event.query():  # type: ignore[no-untyped-call]
+        mark, end = self.launched[0]
+        while not mark.query():
             yield None
         self.launched.popleft()
         yield end
@@ -89,30 +95,25 @@ class GraphSteps:
         lane, chunk = self.lane, batches[begin:end]
         captured = self.captured[phase(lane), len(chunk[0])]
         shares = [step / len(batches) for step in range(begin, end)]
-        self.stream.wait_stream(torch.cuda.current_stream(lane.device))
-        with torch.cuda.stream(self.stream):
+        with self.device.work():
             captured.fill(torch.stack(list(chunk)), [lane.rates(share) for share in shares])
             for _ in chunk:
-                captured.graph.replay()
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+                captured.replay()
             lane.noted.extend(captured.noted(chunk))
-        self.launched.append((event, end))
+            self.launched.append((self.device.mark(), end))
 
     def settle(self, done: int) -> int:
         """See ``Steps``."""
         while self.launched:
-            event, done = self.launched.popleft()
-            event.synchronize()
+            mark, done = self.launched.popleft()
+            mark.synchronize()
         return done
 
     def random_state(self) -> dict[str, Tensor]:
-        """State of the lane's own generator."""
+        """State of the lane's own generator, and of one of the processor that nothing drew from."""
         if not self.capturable:
             return self.plain.random_state()
-        lane = self.lane
-        untouched = generator(lane.recipe.seed, "epoch", lane.epoch)
-        return {"cpu": untouched.get_state(), "cuda": self.random.get_state()}
+        return {"cpu": generator(*self._epoch).get_state(), **self.device.random_state()}
 
 
 def _chunks(batches: Sequence[Tensor], begin: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,63 @@
+"""A processor that records and replays steps as a GPU does, so that tests need none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.seeding import seeded
+
+
+class Late:
+    """A mark that is passed at the second look."""
+
+    def __init__(self) -> None:
+        self.looks = itertools.count()
+
+    def query(self) -> bool:
+        return next(self.looks) > 0
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostGraphs:
+    """Records a step by keeping it, and executes it when it is replayed."""
+
+    def __init__(self) -> None:
+        self.random = torch.Generator().get_state()
+        self.recorded = 0
+
+    def work(self) -> Any:
+        return nullcontext()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        with seeded("anything"):
+            torch.set_rng_state(self.random)
+            yield
+            self.random = torch.get_rng_state()
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            with self.drawing():
+                step()
+
+        return replay
+
+    def mark(self) -> Late:
+        return Late()
+
+    def reseed(self, seed: int, random: Mapping[str, Tensor] | None) -> None:
+        known = None if random is None else random.get("host")
+        self.random = torch.Generator().manual_seed(seed).get_state() if known is None else known
+
+    def random_state(self) -> dict[str, Tensor]:
+        return {"host": self.random}
