@@ -141,7 +141,7 @@ def first_open() -> sa.Select[Any]:
 
 
 def ended_beyond() -> sa.Select[Any]:
-    """Ids of ended trials beyond the mark in one value, for PostgreSQL; NULL when there are none."""
+    """Ids of ended trials beyond the mark in one value, for PostgreSQL; NULL: there are none."""
     ended = TRIALS.c.state.in_(FINISHED)
     return sa.select(sa.func.array_agg(TRIALS.c.trial_id)).where(_own(), ended)
 

@@ -38,13 +38,13 @@ def write(
     """
     kinds = written(lease, changes)
     own = {"of_token": lease.token, "of_trial": lease.trial_id, "of_study": lease.study_id}
-    values = {**own, "study": lease.study_id, "mark": mark}
+    values: dict[str, Any] = {**own, "study": lease.study_id, "mark": mark}
     renewed = renewal(changes, lease_seconds, progress)
     columns = tuple(name for name in renewed if name in attempts.c)
     values |= {f"new_{n}" if n in columns else n: value for n, value in renewed.items()}
-    for kind in kinds:
+    for place, kind in enumerate(kinds):
         for name in _listed(kind):
-            values[f"{kind.table.name}_{name}"] = [_plain(row[name]) for row in kind.rows]
+            values[f"{name}_{place}"] = [_plain(row[name]) for row in kind.rows]
     shape = tuple((kind.table, kind.keys, _listed(kind), kind.timed) for kind in kinds)
     found = connection.execute(_statement(len(changes.epochs), columns, shape), values).one()
     return found if found.held else None
@@ -65,20 +65,23 @@ def _statement(
     row = (attempts.c.trial_id, attempts.c.token, attempts.c.seconds)
     held = renewing.returning(*row).cte("held")
     answer = _answer(held)
-    for kind in shape:
-        answer = answer.add_cte(_inserting(held, *kind))
+    for place, kind in enumerate(shape):
+        answer = answer.add_cte(_inserting(held, place, *kind))
     return answer
 
 
 def _inserting(
-    held: sa.CTE, table: sa.Table, keys: Sequence[str], names: Sequence[str], timed: str | None
+    held: sa.CTE,
+    place: int,
+    table: sa.Table,
+    keys: Sequence[str],
+    names: Sequence[str],
+    timed: str | None,
 ) -> sa.CTE:
     """Insert lists of values, each row in place of the one with the same keys."""
-    types = {name: _type(table.c[name]) for name in names}
-    lists = [sa.bindparam(f"{table.name}_{n}", type_=ARRAY(t)) for n, t in types.items()]
-    given = sa.func.unnest(*lists).table_valued(*names, name=f"new_{table.name}")
-    given = given.render_derived()
-    values = {name: sa.cast(given.c[name], table.c[name].type) for name in names}
+    lists = [sa.bindparam(f"{n}_{place}", type_=ARRAY(_type(table.c[n]))) for n in names]
+    given = sa.func.unnest(*lists).table_valued(*names, name=f"new_{place}").render_derived()
+    values = {name: _typed(given.c[name], table.c[name]) for name in names}
     values |= {name: held.c[name] for name in ("trial_id", "token") if name in table.c}
     if timed is not None:
         values[timed] = by_dialect(POSTGRESQL)
@@ -86,7 +89,7 @@ def _inserting(
     statement = insert(table).from_select(list(values), rows, include_defaults=False)
     fresh = {name: statement.excluded[name] for name in values if name not in keys}
     done = statement.on_conflict_do_update(index_elements=keys, set_=fresh)
-    return done.returning(table.c.trial_id).cte(f"written_{table.name}")
+    return done.returning(table.c.trial_id).cte(f"written_{place}")
 
 
 def _plain(value: Any) -> Any:
@@ -96,6 +99,10 @@ def _plain(value: Any) -> Any:
 def _type(column: sa.ColumnElement[Any]) -> sa.types.TypeEngine[Any]:
     """The type of a column's values in a list: for those of Optuna's own types, their names."""
     return sa.Text() if isinstance(column.type, sa.Enum) else column.type
+
+
+def _typed(given: sa.ColumnElement[Any], column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+    return sa.cast(given, column.type) if isinstance(column.type, sa.Enum) else given
 
 
 def _answer(held: sa.CTE) -> sa.Select[Any]:
