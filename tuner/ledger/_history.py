@@ -124,6 +124,11 @@ def _own() -> sa.ColumnElement[bool]:
     return (TRIALS.c.study_id == sa.bindparam("study", type_=sa.Integer)) & after
 
 
+def _is_one_of(states: Iterable[TrialState]) -> sa.ColumnElement[bool]:
+    """Whether a trial has one of the states; not ``IN``, whose text is made at each execution."""
+    return sa.or_(*(TRIALS.c.state == state for state in states))
+
+
 @cache
 def _ended() -> sa.Select[Any]:
     """Ids of ended trials beyond the mark, each beside that of the first one that has not ended.
@@ -131,19 +136,17 @@ def _ended() -> sa.Select[Any]:
     One statement, so that nothing ends between the two.
     """
     columns = sa.select(TRIALS.c.trial_id, first_open().scalar_subquery().label("first"))
-    return columns.where(_own(), TRIALS.c.state.in_(FINISHED)).order_by(TRIALS.c.trial_id)
+    return columns.where(_own(), _is_one_of(FINISHED)).order_by(TRIALS.c.trial_id)
 
 
 def first_open() -> sa.Select[Any]:
     """Id of the first trial beyond the mark that has not ended."""
-    open_ = TRIALS.c.state.in_(UNFINISHED)
-    return sa.select(sa.func.min(TRIALS.c.trial_id)).where(_own(), open_)
+    return sa.select(sa.func.min(TRIALS.c.trial_id)).where(_own(), _is_one_of(UNFINISHED))
 
 
 def ended_beyond() -> sa.Select[Any]:
     """Ids of ended trials beyond the mark in one value, for PostgreSQL; NULL: there are none."""
-    ended = TRIALS.c.state.in_(FINISHED)
-    return sa.select(sa.func.array_agg(TRIALS.c.trial_id)).where(_own(), ended)
+    return sa.select(sa.func.array_agg(TRIALS.c.trial_id)).where(_own(), _is_one_of(FINISHED))
 
 
 @cache

@@ -24,7 +24,8 @@ class Peers:
             self.had_baseline = True
             self.curves.clear()
         # The report of the epoch has said already which trials ended, where it could.
-        for trial in self.session.ledger.ended((TrialState.COMPLETE, TrialState.PRUNED)):
+        ended = self.session.ledger.ended((TrialState.COMPLETE, TrialState.PRUNED))
+        for trial in ended if len(ended) > len(self.curves) else ():
             if trial.number not in self.curves:
                 self.curves[trial.number] = self._curve(trial)
         return [found[1] for found in self.curves.values() if found and found[0] == rung]
