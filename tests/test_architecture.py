@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The package itself stands on top with its version; ``__getattr__`` there is the public door.
 LEVELS = """
 errors __init__
-registry stores alone
+registry stores alone pools
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules posthoc statistics
 training entries pruning compiled

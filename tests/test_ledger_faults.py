@@ -51,21 +51,30 @@ LOST["mariadb"] = LOST["mysql"]
 def answer_lost(ledger: Ledger) -> Iterator[None]:
     """The next transaction is committed, but the connection breaks before anybody hears of it."""
     dialect: Any = ledger.engine.dialect
-    commit = dialect.do_commit
+    commit, execute = dialect.do_commit, dialect.do_execute
     happened: list[bool] = []
+
+    def lose(connection: Any) -> None:
+        if not happened:
+            happened.append(True)
+            connection.close()
+            raise LOST[dialect.name]
 
     def do_commit(connection: Any) -> None:
         commit(connection)
-        if not happened:
-            happened.append(True)
-            connection.dbapi_connection.close()
-            raise LOST[dialect.name]
+        lose(connection.dbapi_connection)
 
-    dialect.do_commit = do_commit
+    def do_execute(cursor: Any, statement: str, *given: Any) -> None:
+        execute(cursor, statement, *given)
+        if statement.startswith("WITH held"):
+            # A report to PostgreSQL is a transaction by itself.
+            lose(cursor.connection)
+
+    dialect.do_commit, dialect.do_execute = do_commit, do_execute
     try:
         yield
     finally:
-        dialect.do_commit = commit
+        dialect.do_commit, dialect.do_execute = commit, execute
     assert happened
 
 

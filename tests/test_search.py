@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler, RandomSampler, TPESampler
 from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
+from optuna.trial import TrialState
 
 from tuner.search import DistinctGroups, WideParzenEstimator, algorithm
 
@@ -63,6 +64,24 @@ def test_groups_are_those_that_optuna_finds_in_the_same_order() -> None:
     theirs = _GroupDecomposedSearchSpace(include_pruned=True).calculate(study).search_spaces
     assert len(theirs) > 1
     assert DistinctGroups(include_pruned=True).calculate(study).search_spaces == theirs
+
+
+def test_a_proposal_does_not_read_trials_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = optuna.create_study(sampler=algorithm("tpe", seed=0))
+    asked: list[Any] = []
+    read = study._storage.get_all_trials
+
+    def get_all_trials(study_id: int, deepcopy: bool = True, states: Any = None) -> Any:
+        asked.append(states)
+        return read(study_id, deepcopy, states)
+
+    monkeypatch.setattr(study._storage, "get_all_trials", get_all_trials)
+    for _ in range(12):
+        trial = study.ask()
+        asked.clear()
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+        assert asked
+        assert not any(states is None or TrialState.WAITING in states for states in asked)
 
 
 def test_optuna_builds_our_estimator_when_it_proposes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.pool import NullPool
 
 from tuner.errors import StorageError
+from tuner.pools import check_idle
 
 BUSY_SECONDS = 60
 PATIENCE = 600.0
@@ -122,15 +123,13 @@ def without_password(text: str, url: URL) -> str:
 def arguments(url: URL, connections: int = 1) -> dict[str, Any]:
     """What an engine to ``url`` is made with: how it connects, and what it keeps open.
 
-    On a server those are a few ``connections``, checked before use and given back when idle
-    (``rest``).
+    On a server those are a few ``connections``, given back when idle (``rest``).
     """
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     backend = url.get_backend_name()
     made: dict[str, Any] = {
         "connect_args": SERVER[backend],
-        "pool_pre_ping": True,
         "pool_size": connections,
         "max_overflow": 2,
     }
@@ -147,6 +146,7 @@ def make_engine(url: str, connections: int = 1) -> Engine:
         harden_sqlite(engine)
     else:
         _end_frozen(engine)
+        check_idle(engine)
     return engine
 
 

@@ -54,7 +54,10 @@ class DistinctGroups(_GroupDecomposedSearchSpace):
 
     def calculate(self, study: optuna.Study, use_cache: bool = False) -> _SearchSpaceGroup:
         """The groups of the trials so far."""
-        ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        if use_cache and study._thread_local.cached_all_trials is None:
+            # Optuna would read all trials: nothing is learnt from the hundreds that wait.
+            study._thread_local.cached_all_trials = study.get_trials(deepcopy=False, states=ended)
         trials = study._get_trials(deepcopy=False, states=ended, use_cache=use_cache)
         distinct: dict[tuple[str, ...], dict[str, BaseDistribution]] = {}
         for trial in trials:

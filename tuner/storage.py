@@ -71,7 +71,7 @@ def open_storage(url: str, *, create: bool = True, writes: bool = True) -> BaseS
     SQLite gets a write-ahead log and takes its write lock at the start of every transaction:
     with Optuna's defaults, two processes can claim the same waiting trial. Who only reads says
     ``writes=False`` and does not get in the way of those who write. Other databases get
-    a connection per transaction that is checked before use, so that idle workers hold none.
+    a connection per transaction, so that idle workers hold none.
     ``grpc://HOST:PORT`` is the storage behind a proxy.
 
     Raises:

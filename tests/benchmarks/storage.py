@@ -70,7 +70,7 @@ def summary(found: Sequence[Figures], workers: int, epoch: float) -> Figures:
     first = max(one["first"] for one in found)
     begun = Counter(number for one in found for number, _ in one["begun"])
     errors = Counter(one["error"] for one in found if one["error"])
-    spent = sum(sum(sum(times) for times in one["times"].values()) for one in found)
+    spent = Counter({o: sum(sum(one["times"].get(o, [])) for one in found) for o in OPERATIONS})
     trained = epoch * sum(len(one["times"].get("report", [])) for one in found)
     assert not any(one["torch"] for one in found), "a worker imported torch"
     return {
@@ -82,7 +82,8 @@ def summary(found: Sequence[Figures], workers: int, epoch: float) -> Figures:
         "p95": {o: 1000 * share(found, o, 0.95) for o in OPERATIONS},
         "statements": sum(one["statements"] for one in found) / max(len(ends), 1),
         "processor": 1000 * sum(one["processor"] for one in found) / max(len(ends), 1),
-        "share": 100 * spent / trained if trained else 0.0,
+        "share": 100 * spent.total() / trained if trained else 0.0,
+        "storing": 100 * (spent.total() - spent["suggest"]) / trained if trained else 0.0,
         "crashes": workers - sum(one["error"] is None for one in found),
         "doubles": sum(times > 1 for times in begun.values()),
         "errors": dict(errors),
@@ -133,7 +134,8 @@ def queue(url: str, finished: int) -> None:
 
 HEAD = (
     "| workers | finished | plain trials/s | Tuner trials/s | ratio | claim | report | prune "
-    "| tell | statements | processor ms | first trial s | % of training | crashes | doubles |"
+    "| tell | statements | processor ms | first trial s | % of training | without suggest "
+    "| crashes | doubles |"
 )
 RULE = "|---" * (HEAD.count("|") - 1) + "|"
 
@@ -143,6 +145,7 @@ COSTS = {
     "processor": ".0f",
     "first": ".1f",
     "share": ".2f",
+    "storing": ".2f",
     "crashes": ".1f",
     "doubles": ".1f",
 }

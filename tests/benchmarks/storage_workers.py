@@ -239,7 +239,8 @@ class Ours:
 
     def _decide(self, step: int, value: float) -> bool:
         """As ``tuner.rungs.peers``: each curve is made once, and compared at equal progress."""
-        for trial in self.ledger.trials(ENDED):
+        ended = self.ledger.ended(ENDED)
+        for trial in ended if len(ended) > len(self.curves) else ():
             if trial.number not in self.curves:
                 self.curves[trial.number] = list(trial.intermediate_values.values())
         others = [curve[step] for curve in self.curves.values() if step < len(curve)]

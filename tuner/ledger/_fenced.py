@@ -19,6 +19,7 @@ from tuner.engines import insist
 from tuner.ledger._changes import Changes, Ending, Lease, Order
 from tuner.ledger._history import by_number
 from tuner.ledger._ledger import Ledger
+from tuner.ledger._optuna import FINISHED
 
 T = TypeVar("T")
 View = Callable[[list[FrozenTrial]], list[FrozenTrial]]
@@ -166,7 +167,7 @@ class FencedStorage(BaseStorage):
     ) -> list[FrozenTrial]:
         """Trials of the ledger's study in any of the states."""
         wanted = None if states is None else tuple(s for s in TrialState if s in states)
-        found = list(self.ledger.trials(None if self.view else wanted))
+        found = list(self.ledger.trials(self._read_for(wanted)))
         for own in [held.trial for held in self.held.values()]:
             place = bisect_left(found, own.number, key=by_number)
             if place < len(found) and found[place]._trial_id == own._trial_id:
@@ -175,6 +176,15 @@ class FencedStorage(BaseStorage):
             seen = self.view(found)
             found = [trial for trial in seen if wanted is None or trial.state in wanted]
         return copy.deepcopy(found) if deepcopy else found
+
+    def _read_for(self, wanted: tuple[TrialState, ...] | None) -> tuple[TrialState, ...] | None:
+        """The states to read where some are wanted: a view may turn one into another.
+
+        It does not begin or end trials, nor does it look at those that wait for those that run.
+        """
+        if self.view is None or wanted is None or TrialState.WAITING in wanted:
+            return wanted if self.view is None else None
+        return FINISHED if TrialState.RUNNING not in wanted else (TrialState.RUNNING, *FINISHED)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """Find a trial by its number."""

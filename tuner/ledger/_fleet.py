@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Row
 
 from tuner.ledger import _optuna
 from tuner.ledger._changes import Limits, Order, SupersededError, WorkerAliveError
@@ -126,11 +126,17 @@ def order(connection: Connection, study_id: int, limits: Limits) -> Order:
         at = read_now(connection)
         held = (attempts.c.study_id == study_id) & HELD
         running = sa.select(sa.func.coalesce(sa.func.sum(attempts.c.seconds), 0.0)).where(held)
-        spent = row.spent + connection.execute(running).scalar_one()
-        reason = limits.exceeded(spent, at - (row.started_at or at))
+        reason = exceeded(row, connection.execute(running).scalar_one(), at, limits)
         if reason is not None:
             return give_order(connection, study_id, "stop", reason, unless_given=True)
     return Order(row.state, row.reason, row.detail)
+
+
+def exceeded(row: Row[Any], running: float, at: float, limits: Limits) -> str | None:
+    """Which limit stops a study at a time whose attempts have so many seconds ``running``."""
+    if row.state != "run":
+        return None
+    return limits.exceeded(row.spent + running, at - (row.started_at or at))
 
 
 def give_order(

@@ -30,14 +30,11 @@ def read(connection: Connection, ids: Sequence[int]) -> list[FrozenTrial]:
 
 
 def _read_chunk(connection: Connection, ids: Sequence[int]) -> list[FrozenTrial]:
-    chosen: sa.BindParameter[int] = sa.bindparam("ids", expanding=True)
-    rows = sa.select(TRIALS).where(TRIALS.c.trial_id.in_(chosen)).order_by(TRIALS.c.trial_id)
+    dialect, given = connection.dialect.name, {"ids": list(ids)}
     parts: dict[tuple[str, int], dict[Any, Any]] = defaultdict(dict)
     params: dict[int, list[tuple[int, str, float, str]]] = defaultdict(list)
-    trials = connection.execute(rows, {"ids": ids}).all()
-    for part, trial_id, name, text, number, place in connection.execute(
-        _parts(connection.dialect.name), {"ids": ids}
-    ):
+    trials = connection.execute(_trials(dialect), given).all()
+    for part, trial_id, name, text, number, place in connection.execute(_parts(dialect), given):
         if part == "param":
             params[trial_id].append((place, name, number, text))
         elif part in ("user", "system"):
@@ -45,6 +42,19 @@ def _read_chunk(connection: Connection, ids: Sequence[int]) -> list[FrozenTrial]
         else:
             parts[part, trial_id][place] = _number(part, number, text)
     return [_trial(row, parts, params[row.trial_id]) for row in trials]
+
+
+def _chosen(dialect: str, column: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
+    """Whether the column is one of ``ids``: as a list, where that makes one statement of all."""
+    if dialect == "postgresql":
+        return column == sa.any_(sa.bindparam("ids", type_=sa.ARRAY(sa.Integer)))
+    return column.in_(sa.bindparam("ids", expanding=True))
+
+
+@cache
+def _trials(dialect: str) -> sa.Select[Any]:
+    rows = sa.select(TRIALS).where(_chosen(dialect, TRIALS.c.trial_id))
+    return rows.order_by(TRIALS.c.trial_id)
 
 
 @cache
@@ -89,10 +99,9 @@ def _parts(dialect: str) -> sa.CompoundSelect[Any]:
             ),
         ),
     }
-    ids: sa.BindParameter[int] = sa.bindparam("ids", expanding=True)
     selects = [
         sa.select(sa.literal_column(f"'{part}'"), table.c.trial_id, *four).where(
-            table.c.trial_id.in_(ids)
+            _chosen(dialect, table.c.trial_id)
         )
         for part, (table, four) in columns.items()
     ]

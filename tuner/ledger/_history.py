@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -19,6 +21,18 @@ UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 by_number = attrgetter("number")
 
 
+@dataclass(frozen=True)
+class News:
+    """Ids of trials that ended beyond the mark, and of the ``first`` one that has not.
+
+    ``at`` says when that was, by this process's monotonic clock.
+    """
+
+    ended: Sequence[int]
+    first: int | None
+    at: float = field(default_factory=time.monotonic)
+
+
 class History:
     """Trials of one study, read piece by piece.
 
@@ -31,17 +45,29 @@ class History:
         self.known: dict[int, FrozenTrial] = {}
         # All trials up to this id ended and are known. They become visible in the order of ids.
         self.mark = 0
+        # What a write was told besides; not taken in yet.
+        self.news: News | None = None
         self._lists: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def read_ended(self, connection: Connection) -> None:
         """Take in the trials that ended since the last time."""
         where = {"study": self.study_id, "mark": self.mark}
         rows = connection.execute(_ended(), where).all()
-        new = [trial_id for trial_id, _ in rows if trial_id not in self.known]
+        first = rows[0].first if rows else None
+        self.take_in(connection, News([row.trial_id for row in rows], first))
+
+    def take_in(self, connection: Connection, news: News) -> None:
+        """Read the trials that ended and are not known."""
+        new = self.lacking(news)
         for trial in _frozen.read(connection, new):
             self._add(trial)
-        if rows:
-            self.mark = rows[-1].trial_id if rows[0].first is None else rows[0].first - 1
+        if news.ended:
+            last = max(news.ended) if news.first is None else news.first - 1
+            self.mark = max(self.mark, last)
+
+    def lacking(self, news: News) -> list[int]:
+        """Ids of trials that ended and are not known."""
+        return sorted(trial_id for trial_id in news.ended if trial_id not in self.known)
 
     def _add(self, trial: FrozenTrial) -> None:
         self.known[trial._trial_id] = trial
@@ -49,7 +75,7 @@ class History:
             if trial.state in states:
                 insort(found, trial, key=by_number)
 
-    def _known_in(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+    def known_in(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
         """Ended trials in any of the states by number; sorted once, then kept up to date."""
         if states not in self._lists:
             found = (trial for trial in self.known.values() if trial.state in states)
@@ -86,7 +112,7 @@ class History:
         # What ends between the two reads is in both of them, and never in none.
         rest = self.unfinished(connection, open_) if open_ else []
         self.read_ended(connection)
-        found = self._known_in(tuple(state for state in wanted if state in FINISHED))
+        found = self.known_in(tuple(state for state in wanted if state in FINISHED))
         if not rest:
             return found
         found += [trial for trial in rest if trial._trial_id not in self.known]
@@ -98,15 +124,29 @@ def _own() -> sa.ColumnElement[bool]:
     return (TRIALS.c.study_id == sa.bindparam("study", type_=sa.Integer)) & after
 
 
+def _is_one_of(states: Iterable[TrialState]) -> sa.ColumnElement[bool]:
+    """Whether a trial has one of the states; not ``IN``, whose text is made at each execution."""
+    return sa.or_(*(TRIALS.c.state == state for state in states))
+
+
 @cache
 def _ended() -> sa.Select[Any]:
     """Ids of ended trials beyond the mark, each beside that of the first one that has not ended.
 
     One statement, so that nothing ends between the two.
     """
-    first = sa.select(sa.func.min(TRIALS.c.trial_id)).where(_own(), TRIALS.c.state.in_(UNFINISHED))
-    columns = sa.select(TRIALS.c.trial_id, first.scalar_subquery().label("first"))
-    return columns.where(_own(), TRIALS.c.state.in_(FINISHED)).order_by(TRIALS.c.trial_id)
+    columns = sa.select(TRIALS.c.trial_id, first_open().scalar_subquery().label("first"))
+    return columns.where(_own(), _is_one_of(FINISHED)).order_by(TRIALS.c.trial_id)
+
+
+def first_open() -> sa.Select[Any]:
+    """Id of the first trial beyond the mark that has not ended."""
+    return sa.select(sa.func.min(TRIALS.c.trial_id)).where(_own(), _is_one_of(UNFINISHED))
+
+
+def ended_beyond() -> sa.Select[Any]:
+    """Ids of ended trials beyond the mark in one value, for PostgreSQL; NULL: there are none."""
+    return sa.select(sa.func.array_agg(TRIALS.c.trial_id)).where(_own(), _is_one_of(FINISHED))
 
 
 @cache

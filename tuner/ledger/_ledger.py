@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from tuner.engines import PATIENCE, insist
-from tuner.ledger import _fleet, _optuna, _queue, _reap
+from tuner.ledger import _fleet, _optuna, _queue, _reap, _report
 from tuner.ledger._changes import (
     Changes,
     Ending,
@@ -22,6 +22,7 @@ from tuner.ledger._changes import (
     Order,
     SupersededError,
 )
+from tuner.ledger._history import News
 from tuner.ledger._reads import Reads
 
 T = TypeVar("T")
@@ -105,9 +106,27 @@ class Ledger(Reads):
             _queue.write(connection, lease, changes, self.lease_seconds, progress)
             return _fleet.order(connection, self.study_id, self.limits)
 
-        told = self._write(action, patience)
+        if self.engine.dialect.name == _report.POSTGRESQL:
+            told = self._report(lease, changes, patience, progress)
+        else:
+            told = self._write(action, patience)
         changes.clear()
         return told
+
+    def _report(
+        self, lease: Lease, changes: Changes, patience: float, progress: dict[str, Any]
+    ) -> Order:
+        """``write`` as one statement, which also says what ended."""
+        mark = self.history.mark
+        row = self._read(
+            lambda c: _report.write(c, lease, changes, self.lease_seconds, progress, mark), patience
+        )
+        if row is None:
+            raise _queue.lost(lease)
+        self.history.news = News(row.ended or (), row.first)
+        if _fleet.exceeded(row, row.running, row.at, self.limits):
+            return self.order()
+        return Order(row.state or "run", row.reason, row.detail)
 
     def finish(
         self,

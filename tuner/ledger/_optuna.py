@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy as sa
 from optuna.storages._rdb import models
@@ -21,6 +21,16 @@ from tuner.ledger._changes import Changes
 from tuner.ledger._clock import by_dialect
 
 Columns = Mapping[str, Any]
+
+
+class Rows(NamedTuple):
+    """Rows of one table, told apart by ``keys``; ``timed`` is a column that gets the time."""
+
+    table: sa.Table
+    keys: tuple[str, ...]
+    rows: Sequence[Columns]
+    timed: str | None = None
+
 
 TRIALS = cast(sa.Table, models.TrialModel.__table__)
 STUDIES = cast(sa.Table, models.StudyModel.__table__)
@@ -71,9 +81,14 @@ def _upsert(
 
 def write(connection: Connection, trial_id: int, changes: Changes) -> None:
     """Write a trial's parameters, attributes and intermediate values."""
-    for table, pairs in ((USER, changes.user), (SYSTEM, changes.system)):
-        rows = [_attribute(trial_id, key, value) for key, value in pairs.items()]
-        upsert(connection, table, ("trial_id", "key"), rows)
+    for kind in written(trial_id, changes):
+        upsert(connection, kind.table, kind.keys, kind.rows)
+
+
+def written(trial_id: int, changes: Changes) -> list[Rows]:
+    """A trial's parameters, attributes and intermediate values as rows."""
+    user = [_attribute(trial_id, key, value) for key, value in changes.user.items()]
+    system = [_attribute(trial_id, key, value) for key, value in changes.system.items()]
     params = [
         {
             "trial_id": trial_id,
@@ -83,14 +98,23 @@ def write(connection: Connection, trial_id: int, changes: Changes) -> None:
         }
         for name, (value, text) in changes.params.items()
     ]
-    upsert(connection, PARAMS, ("trial_id", "param_name"), params)
+    found = [
+        Rows(USER, ("trial_id", "key"), user),
+        Rows(SYSTEM, ("trial_id", "key"), system),
+        Rows(PARAMS, ("trial_id", "param_name"), params),
+        Rows(STEPS, ("trial_id", "step"), _steps(trial_id, changes.steps)),
+    ]
+    return [kind for kind in found if kind.rows]
+
+
+def _steps(trial_id: int, steps: Mapping[int, float]) -> list[Columns]:
     stored = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr
-    steps = []
-    for step, value in changes.steps.items():
+    rows: list[Columns] = []
+    for step, value in steps.items():
         number, kind = stored(value)
         row = {"intermediate_value": number, "intermediate_value_type": kind}
-        steps.append({"trial_id": trial_id, "step": step, **row})
-    upsert(connection, STEPS, ("trial_id", "step"), steps)
+        rows.append({"trial_id": trial_id, "step": step, **row})
+    return rows
 
 
 def _attribute(trial_id: int, key: str, value: Any) -> dict[str, Any]:

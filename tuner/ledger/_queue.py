@@ -123,13 +123,17 @@ def write(
     Raises:
         LeaseLostError: The lease is not held any more.
     """
-    reported = {f"of_epoch_{i}": epoch for i, epoch in enumerate(changes.epochs)}
-    last = {"epoch": max(changes.epochs)} if changes.epochs else {}
-    renewing = _statements.renewing(connection.dialect.name, len(reported))
-    values = {"of_seconds": lease_seconds, **reported, **last, **progress}
-    if not _hold(connection, lease, renewing, values):
+    renewing = _statements.renewing(connection.dialect.name, len(changes.epochs))
+    if not _hold(connection, lease, renewing, renewal(changes, lease_seconds, progress)):
         raise lost(lease)
     _record(connection, lease, changes)
+
+
+def renewal(changes: Changes, lease_seconds: float, progress: dict[str, Any]) -> dict[str, Any]:
+    """What ``_statements.renewing`` is given besides the lease: columns and parameters."""
+    reported = {f"of_epoch_{i}": epoch for i, epoch in enumerate(changes.epochs)}
+    last = {"epoch": max(changes.epochs)} if changes.epochs else {}
+    return {"of_seconds": lease_seconds, **reported, **last, **progress}
 
 
 def renew(connection: Connection, lease: Lease, lease_seconds: float) -> bool:
@@ -150,7 +154,12 @@ def _hold(connection: Connection, lease: Lease, change: sa.Update, values: dict[
 
 
 def _record(connection: Connection, lease: Lease, changes: Changes) -> None:
-    _optuna.write(connection, lease.trial_id, changes)
+    for kind in written(lease, changes):
+        _optuna.upsert(connection, kind.table, kind.keys, kind.rows, timed=kind.timed)
+
+
+def written(lease: Lease, changes: Changes) -> list[_optuna.Rows]:
+    """Changes as rows of Optuna's tables and ours."""
     rows = [
         {
             "trial_id": lease.trial_id,
@@ -162,7 +171,8 @@ def _record(connection: Connection, lease: Lease, changes: Changes) -> None:
         }
         for epoch, facts in changes.epochs.items()
     ]
-    _optuna.upsert(connection, epochs, ("trial_id", "epoch"), rows, timed="recorded_at")
+    own = [_optuna.Rows(epochs, ("trial_id", "epoch"), rows, "recorded_at")] if rows else []
+    return _optuna.written(lease.trial_id, changes) + own
 
 
 def finish(

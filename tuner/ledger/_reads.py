@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 LEASE_SECONDS = 60.0
 IDLE_SECONDS = 5.0
+NEWS_SECONDS = 0.5
 
 
 class Reads:
@@ -46,13 +47,13 @@ class Reads:
     def __reduce__(self) -> Any:
         raise TypeError("a ledger is not pickled: it holds a way into the database; open it anew")
 
-    def _read(self, action: Callable[[Connection], T]) -> T:
+    def _read(self, action: Callable[[Connection], T], patience: float = PATIENCE) -> T:
         def once() -> T:
             with self.engine.connect().execution_options(**reading(self.engine)) as connection:
                 return action(connection)
 
         self._used = time.monotonic()
-        return insist(once, patience=self.patience)
+        return insist(once, patience=min(patience, self.patience))
 
     def rest(self) -> None:
         """Give idle connections back: a server has few, and epochs may be long."""
@@ -88,6 +89,19 @@ class Reads:
         """Trials in any of the states, or all, by number; do not change them."""
         with self._reading:
             return self._read(lambda c: self.history.trials(c, states))
+
+    def ended(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Trials that ended in any of the states, by number; do not change them.
+
+        A write just before may have said which ended: what is known of them is not read again.
+        """
+        with self._reading:
+            news = self.history.news
+            if news is None or news.at < time.monotonic() - NEWS_SECONDS:
+                return self._read(lambda c: self.history.trials(c, states))
+            if self.history.lacking(news):
+                self._read(lambda c: self.history.take_in(c, news))
+            return self.history.known_in(states)
 
     def ended_after(
         self, mark: int, have: Sequence[int], most: int

@@ -203,6 +203,9 @@ class RemoteLedger(Ledger):
             found += [trial for trial in rest if trial._trial_id not in self.known]
         return sorted(found, key=lambda trial: trial.number)
 
+    def ended(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        return self.trials(states)
+
     def _read_ended(self) -> None:
         """Take in the trials that ended since the last time, page by page."""
         whole = False

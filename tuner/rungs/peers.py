@@ -23,7 +23,9 @@ class Peers:
             # Without a baseline there was no floor to break.
             self.had_baseline = True
             self.curves.clear()
-        for trial in self.session.trials(TrialState.COMPLETE, TrialState.PRUNED):
+        # The report of the epoch has said already which trials ended, where it could.
+        ended = self.session.ledger.ended((TrialState.COMPLETE, TrialState.PRUNED))
+        for trial in ended if len(ended) > len(self.curves) else ():
             if trial.number not in self.curves:
                 self.curves[trial.number] = self._curve(trial)
         return [found[1] for found in self.curves.values() if found and found[0] == rung]
