@@ -67,7 +67,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[GraphSteps]:
         return made[-1]
 
     monkeypatch.setattr("tuner.trainer.steps_of", steps)
-    monkeypatch.setattr("tuner.lane.on_gpu", for_graphs)
+    monkeypatch.setattr("tuner.lane.for_device", for_graphs)
     return made
 
 

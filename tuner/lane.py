@@ -21,7 +21,7 @@ from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
-from tuner.optim import on_gpu, set_rate
+from tuner.optim import for_device, set_rate
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import for_each_stage
@@ -94,7 +94,7 @@ class Lane:
         optimizer = self.recipe.optimizer.build(self.model, no_decay=("head.bias",) if free else ())
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
-        on_gpu(optimizer, self.device)
+        for_device(optimizer, self.device)
         return optimizer  # type: ignore[no-any-return]
 
     @property
