@@ -22,6 +22,7 @@ seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules posthoc statistics
 training entries pruning compiled
 recipe
+lane_state
 lane loaded describe space evaluation sections
 steps
 heads contest

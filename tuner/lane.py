@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.checkpoint import (
-    Snapshot,
-    flatten_optimizer,
-    prefixed,
-    restore_optimizer,
-    without_prefix,
-)
+from tuner.augment import Drawn, StandardAugmenter, on_device
+from tuner.checkpoint import Snapshot
 from tuner.chunks import logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
-from tuner.datasets import Data, Images
+from tuner.datasets import Data, Images, ResidentImages
+from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
 from tuner.optim import for_device, set_rate
@@ -67,8 +63,9 @@ class Lane:
             class_counts=data.class_counts,
             groups=data.groups,
         )
+        self.crops = self._crops()
         self.train_targets = data.train.targets.to(self.device)
-        self.optimizer = self._build_optimizer()
+        self.optimizer = self.build_optimizer()
 
     def _build_model(self) -> Classifier:
         recipe, data = self.recipe, self.data
@@ -89,7 +86,8 @@ class Lane:
         if bias is not None:
             set_head_bias(model, bias)
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer that has not taken a step, over what the stage at hand trains."""
         free = self.recipe.loss.head_bias(self.data.num_classes) is not None
         optimizer = self.recipe.optimizer.build(self.model, no_decay=("head.bias",) if free else ())
         for group in optimizer.param_groups:
@@ -136,11 +134,12 @@ class Lane:
             with seeded(self.recipe.seed, "head", stage):
                 self.model.head.reset_parameters()
             self._set_head_bias(self.model)
-        self._freeze()
+        self.freeze()
         if training.reset_head or training.classifier_only:
-            self.optimizer = self._build_optimizer()
+            self.optimizer = self.build_optimizer()
 
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
+        """Hold fixed what the stage at hand does not train."""
         if self._classifier_only():
             self.model.backbone.requires_grad_(False)
 
@@ -155,27 +154,52 @@ class Lane:
             batches[-2:] = [torch.cat(batches[-2:])]
         return batches
 
-    def images(self, batches: Sequence[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Indices and uint8 images (B, c, H, W) of every batch."""
-        yield from zip(batches, self._load(self.data.train.images, batches), strict=True)
+    def images(
+        self, batches: Sequence[Tensor]
+    ) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+        """Indices and uint8 images (B, c, H, W) of every batch; None where they are crops."""
+        if self.crops is not None:
+            yield from ((indices, None) for indices in batches)
+        else:
+            yield from zip(batches, self._load(self.data.train.images, batches), strict=True)
+
+    def _crops(self) -> Tensor | None:
+        """A view of all crops of all images, where these lie in memory and are cropped at all."""
+        source, augment = self.data.train.images, self.augment
+        if type(augment) is not StandardAugmenter or not isinstance(source, ResidentImages):
+            return None
+        return source.crops(augment.margin) if augment.margin > 0 else None
 
     def _load(self, images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Images of every batch; files are decoded ahead by processes of their own."""
         workers = min(MAX_LOADERS, os.cpu_count() or 1)
         return images.batches(batches, workers=workers, pin=self.device.type == "cuda")
 
-    def step(self, indices: Tensor, images: Tensor, *, share: float) -> Tensor:
+    def step(self, indices: Tensor, images: Tensor | None, *, share: float) -> Tensor:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
         targets = self.train_targets[indices.to(self.device)]
         for group, rate in zip(self.optimizer.param_groups, self.rates(share), strict=True):
             set_rate(group, rate)
-        inputs, soft = self.augment(
-            images.to(self.device, non_blocking=True), targets, self.generator, self.progress
-        )
+        if images is not None:
+            images = images.to(self.device, non_blocking=True)
+            inputs, soft = self.augment(images, targets, self.generator, self.progress)
+        else:
+            _, height, width = self.data.image_shape
+            size = (height, width)
+            drawn = self.augment.draw(len(indices), size, self.generator, self.progress)
+            inputs, soft = self.inputs(indices, targets, on_device(drawn, self.device))
         loss, losses = self.learn(inputs, soft, targets)
         if losses is not None:
             self.noted.append((indices, losses))
         return loss
+
+    def inputs(self, indices: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """Augmented images in memory, and their targets; see ``Augmenter.transform``."""
+        crops = self.crops
+        if crops is not None:
+            return self.augment.transform_crops(crops, indices, targets, drawn)  # type: ignore[no-any-return]
+        images: Tensor = self.data.train.images.tensor  # type: ignore[union-attr]
+        return self.augment.transform(images.index_select(0, indices), targets, drawn)  # type: ignore[no-any-return]
 
     def learn(self, inputs: Tensor, soft: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """One optimizer step from augmented images; nothing is drawn but by the model.
@@ -197,11 +221,11 @@ class Lane:
     def end_epoch(self) -> None:
         """Hand the epoch's losses to a sampler that asks for them, and count the epoch."""
         if self.noted:
-            self.samplers[self.stage].observe(**self._noted_losses())
+            self.samplers[self.stage].observe(**self.noted_losses())
             self.noted.clear()
         self.epoch += 1
 
-    def _noted_losses(self) -> dict[str, Tensor]:
+    def noted_losses(self) -> dict[str, Tensor]:
         """Indices (n,) and losses (n,) that this epoch noted so far; empty when it noted none."""
         if not self.noted:
             return {}
@@ -257,43 +281,12 @@ class Lane:
 
     def snapshot(self) -> Snapshot:
         """Copy of everything that changes during training."""
-        optimizer, optimizer_meta = flatten_optimizer(self.optimizer)
-        tensors = {
-            **prefixed("model", self.model.state_dict()),
-            **prefixed("loss", self.loss.state_dict()),
-            **prefixed("optimizer", optimizer),
-            **prefixed("noted", self._noted_losses()),
-            "generator": self.generator.get_state(),
-        }
-        for stage, sampler in enumerate(self.samplers[: self.stage + 1]):
-            tensors |= prefixed(f"sampler{stage}", sampler.state_dict())
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        meta = {"epoch": self.epoch, "stage": self.stage, "optimizer": optimizer_meta}
-        return Snapshot(copies, {**meta, **self.recipe.origin()})
+        return snapshot(self)
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on from ``snapshot``: of the same recipe, or of a stage shared with another one.
+    def restore(self, state: Snapshot) -> None:
+        """Go on from ``state``: of the same recipe, or of a stage shared with another one.
 
         Raises:
             ValueError: The snapshot belongs to another recipe.
         """
-        if refusal := self.recipe.refusal(snapshot.meta):
-            raise ValueError(refusal)
-        self.epoch = snapshot.meta["epoch"]
-        # Two stages that do the same may be one here.
-        self.stage = min(snapshot.meta["stage"], len(self.samplers) - 1)
-        self._freeze()
-        if self.stage > 0:
-            self.optimizer = self._build_optimizer()
-        tensors = snapshot.tensors
-        self.model.load_state_dict(without_prefix("model", tensors))
-        self.loss.load_state_dict(without_prefix("loss", tensors))
-        # The optimizer takes tensors as its own and changes them; the snapshot must not change.
-        optimizer = {n: t.clone() for n, t in without_prefix("optimizer", tensors).items()}
-        restore_optimizer(self.optimizer, optimizer, snapshot.meta["optimizer"])
-        self.generator.set_state(tensors["generator"])
-        noted = without_prefix("noted", tensors)
-        self.noted = [(noted["indices"], noted["losses"].to(self.device))] if noted else []
-        # What only later stages use has no state yet, and is each recipe's own.
-        for stage, sampler in enumerate(self.samplers[: self.stage + 1]):
-            sampler.load_state_dict(without_prefix(f"sampler{stage}", tensors))
+        restore(self, state)

@@ -134,6 +134,31 @@ class StandardAugmenter(Augmenter):
     def transform(self, images: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """Crop, flip, brightness, normalise, cutout, mix, in this order."""
         self._follow(images)
+        if self.margin > 0:
+            images = shift(images, *self._offsets(targets, drawn["draws"]), self.margin)
+        return self._transform_cropped(images, targets, drawn)
+
+    def transform_crops(
+        self, crops: Tensor, indices: Tensor, targets: Tensor, drawn: Drawn
+    ) -> tuple[Tensor, Tensor]:
+        """``transform`` of the images (N,) at ``indices`` of a view of all crops.
+
+        The view is ``ResidentImages.crops`` for ``margin``: the images are copied but once.
+        """
+        self._follow(crops)
+        down, right = self._offsets(targets, drawn["draws"])
+        images = crops[indices, :, self.margin - down, self.margin - right]
+        return self._transform_cropped(images, targets, drawn)
+
+    def _offsets(self, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """By how many pixels (N,) each image moves down and right."""
+        limits = self.shifts[targets]
+        down, right = (whole(draws[i], 2 * limits + 1) - limits for i in (0, 1))
+        return down, right
+
+    def _transform_cropped(
+        self, images: Tensor, targets: Tensor, drawn: Drawn
+    ) -> tuple[Tensor, Tensor]:
         draws, share = drawn["draws"], drawn.get("share")
         images = self._transform(images, targets, draws)
         if share is None:
@@ -145,10 +170,6 @@ class StandardAugmenter(Augmenter):
     def _transform(self, images: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
         settings = self.settings
         height, width = images.shape[-2:]
-        if self.margin > 0:
-            limits = self.shifts[targets]
-            down, right = (whole(draws[i], 2 * limits + 1) - limits for i in (0, 1))
-            images = shift(images, down, right, self.margin)
         if settings.flip:
             images = mirror(images, draws[2] < 0.5)
         if settings.brightness > 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from tuner.datasets._decode import BrokenImageError, broken_images, decode
@@ -16,6 +17,7 @@ from tuner.errors import DataError
 from tuner.seeding import generator
 
 Shape = tuple[int, int, int]
+PADDED_BYTES = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,7 @@ class ResidentImages:
     """All images in one uint8 tensor (N, c, H, W)."""
 
     tensor: Tensor
+    padded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -36,6 +39,19 @@ class ResidentImages:
     def select(self, indices: Tensor) -> ResidentImages:
         """The images at ``indices`` (n,), in that order."""
         return ResidentImages(self.tensor[indices.to(self.tensor.device)])
+
+    def crops(self, margin: int) -> Tensor | None:
+        """View (N, c, 2·margin + 1, 2·margin + 1, H, W) of every crop with black around the images.
+
+        The padded images are kept for who asks next; None where they would take a lot of memory.
+        """
+        _, channels, height, width = self.tensor.shape
+        size = channels * (height + 2 * margin) * (width + 2 * margin)
+        if len(self) * size > PADDED_BYTES:
+            return None
+        if margin not in self.padded:
+            self.padded[margin] = pad(self.tensor, [margin] * 4)
+        return self.padded[margin].unfold(2, height, 1).unfold(3, width, 1)
 
     def batches(
         self, index_batches: Sequence[Tensor], *, workers: int = 0, pin: bool = False

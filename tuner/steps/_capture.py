@@ -51,7 +51,6 @@ class Captured:
         lane = self.lane = steps.lane
         self.size, self.chunk, self.total = size, chunk, steps.total
         device = lane.device
-        self.images: Tensor = lane.data.train.images.tensor  # type: ignore[union-attr]
         self.indices = torch.zeros(chunk, size, dtype=torch.int64, device=device)
         self.rates = torch.zeros(chunk, len(lane.optimizer.param_groups), device=device)
         self.drawn: Drawn = self._examples(chunk)
@@ -102,7 +101,7 @@ class Captured:
                 raise Uncapturable(f"{type(lane.optimizer).__name__} wants numbers on the host")
             group["lr"].copy_(rate)
         targets = lane.train_targets.index_select(0, indices)
-        inputs, soft = lane.augment.transform(self.images.index_select(0, indices), targets, drawn)
+        inputs, soft = lane.inputs(indices, targets, drawn)
         loss, losses = lane.learn(inputs, soft, targets)
         self.total.add_(loss.double() * self.size)
         if losses is not None:
