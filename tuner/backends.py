@@ -54,6 +54,11 @@ class Speed:
     execution: Execution = "plain"
     lanes: int = 1
 
+    def __str__(self) -> str:
+        beside = f", {self.lanes} side by side" if self.lanes > 1 else ""
+        how = "" if self.execution == "plain" else f" {self.execution}{beside}"
+        return f"{self.precision} {self.layout}{how}"
+
     @property
     def plainness(self) -> tuple[bool, bool, bool, int]:
         """Smaller for what is simpler, or keeps more digits."""

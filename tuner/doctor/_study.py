@@ -146,6 +146,6 @@ def _speeds(session: Session, data: Data) -> Iterator[Finding]:
         recipe = space.suggest(FixedTrial(params))
         measured = speeds(recipe, on_device, device)
         best = fastest(recipe.training, measured)
-        each = ", ".join(f"{s.precision} {s.layout} {s.images:.0f}" for s in measured)
+        each = ", ".join(f"{speed} {speed.images:.0f}" for speed in measured)
         name = dump_component("model", recipe.model)["name"]
-        yield ok("speed", f"{name}: {each} images/s; trials take {best.precision} {best.layout}")
+        yield ok("speed", f"{name}: {each} images/s; trials take {best}")
