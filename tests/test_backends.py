@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found(monkeypatch: pytest.MonkeyPatch, measured: list[Speed]) -> None:
     """Let the probe find these speeds."""
-    monkeypatch.setattr(backends, "_on_processor", lambda *_: iter(measured))
+    monkeypatch.setattr(backends, "_one_by_one", lambda *_: iter(measured))
 
 
 @pytest.mark.parametrize(

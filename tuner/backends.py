@@ -1,8 +1,8 @@
 """Which precision, layout and execution train fastest here: measured in a probe, never guessed.
 
-On a processor it compares precisions and layouts of one training. On a GPU it also compares
-steps launched one by one with CUDA graphs, and finds how many trainings side by side fill the
-device (see ``tuner.contest``).
+It compares precisions and layouts of one training. On a GPU that holds the images it also
+compares steps launched one by one with CUDA graphs, and finds how many trainings side by side fill
+the device (see ``tuner.contest``).
 
 What the probe finds is kept in a small file, so that the workers of a machine measure once, and
 decide alike. A trial's recipe says what it was trained with: its numbers do not depend on a probe
@@ -30,7 +30,7 @@ from torch import Tensor
 from tuner import contest
 from tuner.alone import alone
 from tuner.compiled import is_wanted
-from tuner.datasets import Data
+from tuner.datasets import Data, ResidentImages
 from tuner.lane import Lane
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import seeded
@@ -119,7 +119,9 @@ def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, 
         known: list[dict[str, Any]] | None = _read(_file()).get(key)
         if known is not None:
             return known
-        measured = _on_gpu if torch.device(device).type == "cuda" else _on_processor
+        resident = isinstance(data.train.images, ResidentImages)
+        side_by_side = resident and torch.device(device).type == "cuda"
+        measured = _side_by_side if side_by_side else _one_by_one
         known = [vars(speed) for speed in measured(recipe, data, device)]
         if known:
             _write(_file(), key, known)
@@ -154,12 +156,12 @@ def _processor() -> str:
     return " ".join([*(names or [platform.processor()])[:1], *halves])
 
 
-def _on_gpu(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
+def _side_by_side(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
     for found in contest.candidates(recipe, data, device, product(PRECISIONS, LAYOUTS)):
         yield Speed(*found)
 
 
-def _on_processor(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
+def _one_by_one(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
     """Fastest of a few steps each, in turns; candidates that do not work here are left out."""
     indices, images = _batch(recipe, data)
     steps: dict[tuple[str, str], Callable[[], float]] = {}
@@ -198,10 +200,10 @@ def _step(
 
     def step() -> float:
         with seeded("probe", device=lane.device):
-            began = _clock()
+            began = _clock(device)
             lane.step(indices, images, share=0.0)
             lane.noted.clear()
-            return _clock() - began
+            return _clock(device) - began
 
     try:
         step()
@@ -210,8 +212,11 @@ def _step(
     return step
 
 
-def _clock() -> float:
+def _clock(device: str) -> float:
     """Processor time where one thread does all the work: others on the machine do not count."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

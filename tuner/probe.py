@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from optuna.trial import FixedTrial
 
+from tuner.backends import chosen
 from tuner.datasets import Data
 from tuner.entries import Choice, Entry, Fixed, Range
 from tuner.lane import EVALUATION_BATCH, Lane
@@ -88,7 +89,8 @@ def measure(space: Space, data: Data, device: str, gauge: Gauge | None = None) -
                 raise
             total, _ = gauge.total_and_beside()
             return Need(total, total)
-        peak = max(peak, gauge.peak())
+        # Each of the trials that a slot trains side by side takes as much.
+        peak = max(peak, gauge.peak() * chosen(recipe, data, device).lanes)
     total, beside = gauge.total_and_beside()
     return Need(peak + beside, total)
 
