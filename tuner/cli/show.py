@@ -59,6 +59,7 @@ class Display:
         self.budget = session.file.all_trials()
         self.best: float | None = None
         self.ended = 0
+        self.at_hand: dict[int, int] = {}
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -88,8 +89,15 @@ class Display:
 
     def epoch(self, trial: Trial, result: EpochResult, value: float) -> None:
         """Show one epoch of a trial."""
+        self.at_hand[trial.number] = result.epoch + 1
         note = f"trial {trial.number} {trial.user_attrs.get('loss', '')} {value:.3f}"
-        self.bars.update(self.epochs, completed=result.epoch + 1, note=note)
+        if len(self.at_hand) > 1:
+            note += f", {len(self.at_hand)} side by side"
+        done, total = (
+            sum(self.at_hand.values()),
+            len(self.at_hand) * self.session.file.budget.epochs,
+        )
+        self.bars.update(self.epochs, completed=done, total=total, note=note)
         log.debug(
             "trial %d epoch %d loss %.4f %s %.4f %.0f samples/s",
             trial.number,
@@ -102,6 +110,7 @@ class Display:
 
     def trial(self, outcome: Outcome) -> None:
         """Show how a trial ended."""
+        self.at_hand.pop(outcome.number, None)
         self.ended += outcome.state != "interrupted"
         self._show_best()
         if self.terminal:
