@@ -166,3 +166,15 @@ def test_statistics_of_many_streamed_images_use_a_sample(files: list[str]) -> No
     streamed = StreamedImages(tuple(files), 8, 3)
     every_third = streamed.select(torch.tensor([0, 3, 6]))
     assert channel_statistics(streamed, at_most=3) == channel_statistics(every_third)
+
+
+@pytest.mark.gpu
+def test_streamed_batches_on_a_gpu_are_those_of_the_files(files: list[str]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    streamed = StreamedImages(tuple(files), 8, 3)
+    order = list(torch.split(torch.arange(len(files)), 2))
+    there = list(streamed.to("cuda").batches(order, workers=2, pin=True))
+    assert all(batch.is_cuda for batch in there)
+    pairs = zip(there, streamed.batches(order), strict=True)
+    assert all(torch.equal(batch.cpu(), here) for batch, here in pairs)

@@ -41,6 +41,7 @@ class Device:
         self.under_way = 0
         self.most = 0
         self.room: int | None = None
+        self.trained = 0
 
     def chosen(self, *_: object) -> Speed:
         return Speed("float32", "channels_last", 0.0, "plain", self.lanes)
@@ -53,6 +54,7 @@ class Device:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             for result in epochs_in_turns(*arguments, **options):
                 yield from [None] * WAITS
+                self.trained += 1
                 yield result
         finally:
             self.under_way -= 1
@@ -207,3 +209,22 @@ def test_gpu_trains_side_by_side_what_it_trains_one_by_one(
     assert len(results(alone)) == 7
     spans = sorted((a["claimed_at"], a["ended_at"]) for a in together.ledger.attempts())
     assert any(later < end for (_, end), (later, _) in pairwise(spans)), "none beside another"
+
+
+def test_stage_that_trials_share_is_trained_by_one_of_them_while_the_others_wait(
+    make_session: MakeSession, digits: Data, device: Device
+) -> None:
+    device.lanes = 4
+    session = make_session(
+        budget={"trials": 9, "epochs": 5},
+        search={"algorithm": "random", "pruner": "none"},
+        training={"name": "deferred", "switch": 0.6},
+        # A cosine head has a stage one of its own, which the baseline does not train.
+        space={"loss": {"ldam": {"max_margin": {"low": 0.1, "high": 0.9}}}},
+    )
+    work(session, digits)
+    done = session.trials(TrialState.COMPLETE)
+    branched = [t.number for t in done if t.user_attrs.get("branched_from")]
+    assert len(done) == 9
+    assert branched == list(range(2, 9))
+    assert device.trained == 2 * 5 + 7 * 2

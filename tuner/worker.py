@@ -191,7 +191,7 @@ def _next(slot: Slot, turns: Turns) -> Lease | None:
 
 def _conclude(slot: Slot, entry: Entry, tell: _Telling) -> int:
     """Tell how a trial ended, and what ended beside it; how many did for good."""
-    outcomes = entry.outcomes
+    outcomes, slot.ask_again = entry.outcomes, 0.0
     if any(outcome.state == "complete" for outcome in outcomes):
         stop_if_reached(slot.session)
     tell(outcomes, time.monotonic() - entry.began)

@@ -95,7 +95,8 @@ class StreamedImages:
         """Yield the images of each index tensor, uint8 (B, c, H, W), on ``device``.
 
         With ``workers`` > 0 that many processes decode ahead; ``pin`` puts the batches in
-        page-locked memory first, so that copying them to a GPU does not block.
+        page-locked memory first, so that each is on its way to a GPU while the one before it
+        is trained on.
 
         Raises:
             DataError: A file is missing or broken.
@@ -109,10 +110,8 @@ class StreamedImages:
             # The loader would otherwise draw a seed for its workers from the global generator.
             generator=generator("streamed images"),
         )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield batch.to(self.device, non_blocking=True)
+        batches = map(_decoded, loader)
+        yield from _copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same images, with batches delivered on ``device``."""
@@ -143,6 +142,36 @@ class _Files(Dataset[Tensor]):
 
 
 def _as_decoded(batch: Any) -> Any:
+    return batch
+
+
+def _decoded(batch: Tensor | DataError) -> Tensor:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
+
+
+def _copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Batches on a GPU; each is copied on a stream of its own while the one before is used."""
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    coming: Tensor | None = None
+    for batch in batches:
+        ready = _arrived(coming, stream, device)
+        with torch.cuda.stream(stream):
+            coming = batch.to(device, non_blocking=True)
+        if ready is not None:
+            yield ready
+    last = _arrived(coming, stream, device)
+    if last is not None:
+        yield last
+
+
+def _arrived(batch: Tensor | None, stream: Any, device: torch.device) -> Tensor | None:
+    """The batch, for whose copy the current stream waits; its memory is kept until that is done."""
+    if batch is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        batch.record_stream(current)
     return batch
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from optuna.trial import Trial
@@ -39,7 +39,8 @@ class Slot:
     be found out; ``lanes`` that of classifiers, whose ``backbone`` is kept once it was needed.
     Trials are trained ``side_by_side``, as many as suit the last recipe, but at most ``most``,
     once memory set that limit; ``beside`` says how many there are just now. Not before
-    ``ask_again`` is the queue worth another look.
+    ``ask_again`` is the queue worth another look. ``stages`` are the keys of the shared stages
+    that trials here are training.
     """
 
     session: Session
@@ -53,6 +54,7 @@ class Slot:
     side_by_side: int = 1
     most: int | None = None
     ask_again: float = 0.0
+    stages: set[str] = field(default_factory=set)
     beside: Callable[[], int] = lambda: 1
 
     @property

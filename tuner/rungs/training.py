@@ -65,7 +65,8 @@ class Training:
         self, attempt: Attempt, recipe: Recipe, data: Data, slot: Slot, execution: Execution
     ) -> None:
         self.attempt, self.recipe, self.data = attempt, recipe, data
-        self.device, self.peers, self.beside = slot.device, slot.peers, slot.beside
+        self.slot, self.device = slot, slot.device
+        self.peers, self.beside = slot.peers, slot.beside
         self.micro_batch, self.execution = slot.micro_batch, execution
         self.session = attempt.session
         self.store = self.session.trial_store(attempt.number)
@@ -99,7 +100,27 @@ class Training:
         def over() -> bool:
             return stop() or self.attempt.pulse.interrupts(self.attempt.lease)
 
+        key, stages = self.recipe.stage_one_key(), self.slot.stages
+        # Another trial of this slot may be training the stage that this one could begin at.
+        while key in stages and not over():
+            yield
         resume = self._checkpoint()
+        own = set() if key is None or self._is_past_the_switch(resume) else {key}
+        stages |= own
+        try:
+            return (yield from self._train(resume, over, on_epoch))
+        finally:
+            stages -= own
+
+    def _is_past_the_switch(self, state: Snapshot | None) -> bool:
+        return state is not None and int(state.meta["epoch"]) >= self.recipe.switch_epoch()
+
+    def _train(
+        self,
+        resume: Snapshot | None,
+        over: Callable[[], bool],
+        on_epoch: Callable[[Trial, EpochResult, float], None],
+    ) -> Generator[None, None, Complete | Pruned | Stopped]:
         saved = time.monotonic()
         training = epochs_in_turns(
             self.recipe,
@@ -170,6 +191,7 @@ class Training:
             if shared.share(self.session, self.recipe, result):
                 self.attempt.note({"stage_one_seconds": self.seconds})
                 self._write()
+                self.slot.stages.discard(self.recipe.stage_one_key() or "")
         except StoreError as error:
             log.warning("trial %d: stage one is not shared: %s", self.attempt.number, error)
             self.attempt.remark(f"stage one is not shared: {error}")
