@@ -191,3 +191,15 @@ def test_training_runs_on_the_gpu(digits: Data) -> None:
     results = list(epochs(recipe(length=10), digits.to("cuda"), device="cuda"))
     accuracy = (results[-1].logits.argmax(1) == digits.validation.targets).float().mean()
     assert accuracy > 0.7
+
+
+@pytest.mark.parametrize("augment", [{}, {"mixup": 0.4, "cutout": 3, "tail_strength": 2.0}])
+def test_crops_from_a_view_of_all_images_train_as_crops_of_each_batch(
+    augment: dict[str, Any], digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which = recipe(augment={"name": "standard", "crop_padding": 1, **augment})
+    assert Lane(which, digits, "cpu").crops is not None
+    viewed = trained(which, digits)
+    monkeypatch.setattr("tuner.datasets._images.PADDED_BYTES", 0)
+    assert Lane(which, digits, "cpu").crops is None
+    assert viewed.ends_as(list(epochs(which, digits)))
