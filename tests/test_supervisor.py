@@ -123,21 +123,21 @@ def test_two_slots_run_exactly_the_budget_with_a_line_per_epoch(
     make_session: MakeSession, machine: Callable[..., Machine], sqlite: str
 ) -> None:
     # So many that the slot which starts first does not train them all alone.
-    session = make_session(budget={"trials": 40, "epochs": 3}, search={"pruner": "none"})
+    session = make_session(budget={"trials": 24, "epochs": 3}, search={"pruner": "none"})
     worker = machine("--slots", "2", "--id", "me")
     worker.wait_for("slot 0 · trial", "slot 1 · trial")
     for pid in worker.slots():
         arguments = Path(f"/proc/{pid}/cmdline").read_text()
         assert sqlite not in arguments, "where the storage is may hold a password"
     assert worker.end() == 0, worker.text
-    assert states(session) == [TrialState.COMPLETE] * 40
+    assert states(session) == [TrialState.COMPLETE] * 24
     attempts = session.ledger.attempts()
-    assert [a["end"] for a in attempts] == ["complete"] * 40
+    assert [a["end"] for a in attempts] == ["complete"] * 24
     assert {a["worker_id"] for a in attempts} == {"me/0", "me/1"}
     lines = worker.text.splitlines()
-    assert sum("· epoch " in line for line in lines) == 120
-    assert sum(line.endswith(" samples/s") for line in lines) == 120
-    assert sum("· complete 0." in line for line in lines) == 40
+    assert sum("· epoch " in line for line in lines) == 72
+    assert sum(line.endswith(" samples/s") for line in lines) == 72
+    assert sum("· complete 0." in line for line in lines) == 24
     assert lines[-1] == "study tiny: the budget is spent"
 
 
