@@ -16,7 +16,8 @@ from optuna.trial import TrialState
 
 from tuner.backends import Speed
 from tuner.datasets import Data
-from tuner.pulse import Pulse, facts
+from tuner.ledger import Changes
+from tuner.pulse import facts
 from tuner.rungs import full, training
 from tuner.rungs.full import run
 from tuner.rungs.outcome import Outcome, Slot
@@ -178,20 +179,34 @@ def test_heartbeat_keeps_all_trials_at_hand_alive(
     assert not session.trials(TrialState.RUNNING)
 
 
+def ends(turns: Turns) -> dict[int, str]:
+    """How the trials under way end, by number."""
+    ended = []
+    while turns:
+        ended += turns.go_on()
+    return {entry.lease.number: entry.outcomes[-1].state for entry in ended}
+
+
 def test_lost_trial_leaves_its_neighbours_alone(
     make_session: MakeSession, digits: Data, device: Device
 ) -> None:
     session = make_session(**STUDY)
-    own, turns = held(session, digits, 3)
-    turns.go_on()
+    _, turns = held(session, digits, 3)
     taken = turns.entries[1].lease
-    session.ledger.reap([(taken.worker_id, taken.generation)])
-    assert len(session.trials(TrialState.WAITING)) >= 3, "all leases of the worker are gone"
-    ended = []
-    while turns:
-        ended += turns.go_on()
-    assert [entry.outcomes[-1].state for entry in ended] == ["lost"] * 3
-    assert isinstance(own.pulse, Pulse)
+    session.ledger.finish(taken, Changes(), state=TrialState.WAITING, end="lost")
+    expected = {0: "complete", 1: "complete", 2: "complete", taken.number: "lost"}
+    assert ends(turns) == expected
+    assert [t.number for t in session.trials(TrialState.COMPLETE)] == [0, 2]
+
+
+def test_worker_that_was_given_up_has_lost_all_its_trials(
+    make_session: MakeSession, digits: Data, device: Device
+) -> None:
+    session = make_session(**STUDY)
+    own, turns = held(session, digits, 3)
+    session.ledger.reap([own.pulse.worker])
+    assert ends(turns) == {0: "lost", 1: "lost", 2: "lost"}
+    assert not session.trials(TrialState.COMPLETE)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ GAIN = 1.05
 """How much more a doubling of lanes must give to be tried further."""
 FULL_SECONDS = 0.05
 """A step that takes so long fills the device by itself."""
+
+log = logging.getLogger(__name__)
 
 Candidate = tuple[str, str, float, Execution, int]
 ALONE: tuple[tuple[Execution, int], ...] = (("graph", 2), ("graph", 1), ("plain", 1))
@@ -95,7 +98,8 @@ def rate(
     """Images per second of so many equal trainings; None where that does not work."""
     try:
         return _rate(recipe, data, device, execution, lanes, steps)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError) as error:
+        log.debug("%d lanes, %s: not possible here: %s", lanes, execution, error)
         return None
     finally:
         torch.cuda.empty_cache()

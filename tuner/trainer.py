@@ -97,8 +97,15 @@ def epochs(
         ValueError: ``resume`` belongs to another recipe (see ``Recipe.refusal``), or
             ``micro_batch`` is below 2.
     """
-    options = {"resume": resume, "stop": stop, "micro_batch": micro_batch, "execution": execution}
-    for result in epochs_in_turns(recipe, data, device=device, **options):  # type: ignore[arg-type]
+    for result in epochs_in_turns(
+        recipe,
+        data,
+        device=device,
+        resume=resume,
+        stop=stop,
+        micro_batch=micro_batch,
+        execution=execution,
+    ):
         if result is None:
             time.sleep(NAP_SECONDS)
         else:
