@@ -34,9 +34,11 @@ ledger
 proxy
 fit pulse held
 climbing
+confirm
 tickets
 session
 trained proposals
+confirmation
 goals rungs verdict report card
 worker export web
 slots probe

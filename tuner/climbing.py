@@ -29,7 +29,7 @@ def climb(session: Session) -> Iterator[Ticket]:
     if not _has_backbone(session):
         return
     ladder = session.file.ladder
-    for rung in ladder.rungs:
+    for rung in ladder.searched:
         below = ladder.below(rung)
         yield from _first(session, rung) if below is None else _above(session, rung, below)
         if not is_over(session, rung):
@@ -191,7 +191,7 @@ def ladder_lines(session: Session) -> list[str]:
         own = at(session, rung)
         ended = sum(t.state.is_finished() for t in own)
         lines.append(f"{rung} {ended} of {_budget(session, rung)} trials")
-        below = ladder.below(rung)
+        below = ladder.below(rung) if rung != "confirm" else None
         if below is not None and any(map(is_judged, own)):
             found = compared(session, below, rung)
             low = compared(session, below, rung, decisive=True).is_low(ladder.trust)

@@ -9,11 +9,13 @@ from tuner.study import StudyFile
 
 def searched_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
     """What a rung searches as (name, what it ranges over)."""
-    return file.space_at(rung).rows()
+    return [] if rung == "confirm" else file.space_at(rung).rows()
 
 
 def held_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
     """What the study searches but this rung holds fixed, as (name, its value here)."""
+    if rung == "confirm":
+        return []
     space = file.space_at(rung)
     open_ = {name for name, _ in space.rows()}
     closed = [name for name, _ in file.space.rows() if name not in open_]
@@ -24,6 +26,8 @@ def how_held(file: StudyFile, rung: Rung) -> str:
     """Why a rung holds fixed what it does, in a few words."""
     if rung == "full":
         return "nothing"
+    if rung == "confirm":
+        return "everything: the best recipes again, with fresh seeds"
     if rung == "deferred":
         switch = f"{100 * file.ladder.deferred.switch:g} %"
         return f"everything but loss and sampler, which act from {switch} of the training on"

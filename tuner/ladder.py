@@ -14,13 +14,15 @@ from tuner.registry import component
 from tuner.space import Space
 from tuner.statistics import Interval, rank_correlation
 
-Rung = Literal["head", "deferred", "full"]
-RUNGS: tuple[Rung, ...] = ("head", "deferred", "full")
+Rung = Literal["head", "deferred", "full", "confirm"]
+RUNGS: tuple[Rung, ...] = ("head", "deferred", "full", "confirm")
 ACTING = ("loss", "sampler")
 """The parts of a recipe that the rungs below ``full`` search; the others are held fixed."""
 
 LARGEST = 100_000
 FEWEST_PAIRS = 6
+BASELINES = 2
+"""Plain cross-entropy at the confirm rung: with its defaults, and tuned."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -54,9 +56,24 @@ class DeferredRung:
     switch: Annotated[float, Field(gt=0, lt=1)] = 0.8
 
 
+@component
+class ConfirmRung:
+    """The rung that trains the best recipes of ``full`` again, each with several fresh seeds.
+
+    ``recipes``: how many. Plain cross-entropy is trained beside them, with its defaults and as
+    the search tuned it best. ``seeds``: trainings of each; the search's seed is not among them.
+    Where validation was carved out of the training part, every seed has other images there.
+    """
+
+    recipes: Annotated[int, Field(ge=1, le=100)] = 5
+    seeds: Annotated[int, Field(ge=2, le=100)] = 4
+
+
 def _climbing(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
     if list(rungs) != sorted(set(rungs), key=RUNGS.index):
-        raise ValueError(f"must name rungs once each, from the cheapest up: {', '.join(RUNGS)}")
+        raise ValueError(f"must name rungs once each, in this order: {', '.join(RUNGS)}")
+    if "confirm" in rungs and "full" not in rungs:
+        raise ValueError("has confirm, which trains the best of full again: name full before it")
     return rungs
 
 
@@ -64,7 +81,7 @@ def _climbing(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
 class Ladder:
     """The rungs a study climbs, cheapest first; the last one gives the answer.
 
-    ``[budget] trials`` are those of the last rung. Of them ``promoted`` is the share for the
+    ``[budget] trials`` are those of the last rung that searches; ``confirm`` does not. Of them ``promoted`` is the share for the
     best recipes of the rung below, and ``unseen`` the share for such recipes with everything
     searched that the rung below cannot see. Where the ranks of the two rungs correlate by less
     than ``trust`` (Spearman), both shares go to the algorithm's own proposals; else these learn
@@ -72,7 +89,7 @@ class Ladder:
     """
 
     rungs: Annotated[
-        tuple[Rung, ...], Field(min_length=1, max_length=3), AfterValidator(_climbing)
+        tuple[Rung, ...], Field(min_length=1, max_length=4), AfterValidator(_climbing)
     ] = ("full",)
     promoted: Share = 0.25
     unseen: Share = 0.25
@@ -80,11 +97,22 @@ class Ladder:
     prior: bool = True
     head: HeadRung = HeadRung()
     deferred: DeferredRung = DeferredRung()
+    confirm: ConfirmRung = ConfirmRung()
+
+    @property
+    def searched(self) -> tuple[Rung, ...]:
+        """The rungs that look for recipes: all but ``confirm``."""
+        return tuple(rung for rung in self.rungs if rung != "confirm")
 
     @property
     def last(self) -> Rung:
-        """The rung that gives the answer."""
-        return self.rungs[-1]
+        """The last rung that looks for recipes; its trials are complete for Optuna."""
+        return self.searched[-1]
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the best recipes are trained again before one is the answer."""
+        return "confirm" in self.rungs
 
     def below(self, rung: Rung) -> Rung | None:
         """The rung before ``rung``, if there is one."""
@@ -92,7 +120,9 @@ class Ladder:
         return self.rungs[place - 1] if place else None
 
     def trials(self, rung: Rung, budget: int) -> int:
-        """How many trials a rung has, given those of the last one."""
+        """How many trials a rung has at most, given those of the last one that searches."""
+        if rung == "confirm":
+            return (self.confirm.recipes + BASELINES) * self.confirm.seeds
         if rung == self.last:
             return budget
         return self.head.trials if rung == "head" else self.deferred.trials
@@ -117,7 +147,7 @@ def is_judged(trial: FrozenTrial) -> bool:
 
 def space_at(space: Space, ladder: Ladder, rung: Rung) -> Space:
     """What a rung searches: below ``full`` loss and sampler, which act from its beginning."""
-    if rung == "full":
+    if rung in ("full", "confirm"):
         return space
     held = space.held({part for part in space.parts if part not in ACTING})
     parts = dict(held.parts)

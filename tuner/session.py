@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import __version__
+from tuner.confirm import winner
 from tuner.datasets import Data
 from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, close_match
@@ -60,7 +61,12 @@ class Session:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def best(self) -> FrozenTrial | None:
-        """The complete trial, so of the last rung, with the best value that keeps the floor.
+        """The trial whose recipe the confirm rung found best; without that, ``best_found``."""
+        chosen = winner(self) if self.file.ladder.confirms else None
+        return self.best_found() if chosen is None else chosen
+
+    def best_found(self) -> FrozenTrial | None:
+        """The complete trial, so of the search's last rung, with the best value that keeps the floor.
 
         Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
         break the floor, it is the one that breaks it least.

@@ -163,7 +163,7 @@ def _check_together(study: StudyFile, where: str) -> None:
             f'{where}: budget.trials is missing; only a grid (search.algorithm = "grid") knows '
             "its own size"
         )
-    if study.ladder.rungs != ("full",):
+    if study.ladder.searched != ("full",):
         _check_ladder(study, where)
     if search.algorithm == "grid":
         _check_grid(study, where)

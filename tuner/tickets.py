@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import Ticket, climb, ladder_lines, presets
+from tuner.confirm import confirming
 from tuner.ledger import Lease
 from tuner.study import PROGRESSIVE, distinct_grid
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 AHEAD = 256
 MAX_BASELINES = 3
 CALMER = 0.3
+KIND = ("fidelity", "rung", "promoted_from", "unseen", "confirms", "fold")
 
 
 def fill_queue(session: Session) -> int:
@@ -40,18 +42,31 @@ def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
     waiting = sum(t.state == TrialState.WAITING for t in trials)
     # Many workers come together when the queue runs dry: it is filled once, not topped up by each.
     room = AHEAD - waiting if waiting <= AHEAD // 2 else 0
+    due = _missing(trials, _tickets(session))
+    if not due and session.file.ladder.confirms and _is_searched(trials):
+        due = _missing(trials, confirming(session))
+    return due[:room] + _another_baseline(session)
+
+
+def _missing(trials: list[FrozenTrial], tickets: Iterable[Ticket]) -> list[Ticket]:
+    """The tickets that no trial is there for."""
     have = Counter(_kind(t.user_attrs) for t in trials if not beyond_budget(t))
-    due = []
-    for params, attrs in _tickets(session):
+    missing = []
+    for params, attrs in tickets:
         have[_kind(attrs)] -= 1
         if have[_kind(attrs)] < 0:
-            due.append((params, attrs))
-    return due[:room] + _another_baseline(session)
+            missing.append((params, attrs))
+    return missing
+
+
+def _is_searched(trials: list[FrozenTrial]) -> bool:
+    """Whether every trial that looks for recipes has ended."""
+    return all(t.state.is_finished() for t in trials if "confirms" not in t.user_attrs)
 
 
 def _kind(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tickets are counted by: as many as there are of a kind are there already."""
-    return tuple(attrs.get(key) for key in ("fidelity", "rung", "promoted_from", "unseen"))
+    return tuple(attrs.get(key) for key in KIND)
 
 
 def beyond_budget(trial: FrozenTrial) -> bool:
@@ -74,7 +89,7 @@ def retry_failed(session: Session) -> list[int]:
 
 
 def _retry(trial: FrozenTrial) -> Ticket:
-    kept = ("baseline", "preset", "rung", "fidelity", "promoted_from", "unseen")
+    kept = ("baseline", "preset", *KIND)
     attrs = {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     return params, attrs | {"retry_of": trial.number}
@@ -113,7 +128,7 @@ def _tickets(session: Session) -> Iterator[Ticket]:
         yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
     elif file.search.strategy == "progressive":
         yield from _progressive_tickets(session)
-    elif file.ladder.rungs == ("full",):
+    elif file.ladder.searched == ("full",):
         yield from _full_tickets(session)
     else:
         yield from climb(session)

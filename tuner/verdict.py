@@ -7,6 +7,9 @@ from typing import Any
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
+from tuner import artifacts
+from tuner.confirm import is_decided
+from tuner.confirmation import confirmation
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import confusion_matrix, evaluate, recall_per_class
@@ -20,7 +23,8 @@ COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
 def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, Any] | None:
     """Compare the best trial with the baseline on the test part, and store the answer.
 
-    The search never sees the test part; it is looked at here, once for every new best trial.
+    The search never sees the test part; it is looked at here, once for every new best trial,
+    and once more when the confirm rung is over.
     Where the data have none, the validation part stands in, and the answer says so. None while
     the baseline or any other trial is missing.
     """
@@ -28,11 +32,31 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     if best is None or baseline is None:
         return None
     known: dict[str, Any] | None = session.study.user_attrs.get("verdict")
-    if known and (known["best"], known["baseline"]) == (best.number, baseline.number):
+    seeds = _seeds(session)
+    if known and _asked(known) == (best.number, baseline.number, seeds):
         return known
     verdict = _compare(session, best, baseline, data, device)
+    verdict["confirmed"] = confirmation(session, data, COMPARED, device=device) if seeds else None
     session.study.set_user_attr("verdict", verdict)
+    # Only now are the models of the other recipes not needed any more.
+    artifacts.keep_weights_only_of(session.store, {_source(best), _source(baseline)})
     return verdict
+
+
+def _asked(verdict: dict[str, Any]) -> tuple[int, int, int]:
+    """What a verdict is about: the trials, and with how many seeds they were confirmed."""
+    seeds = (verdict.get("confirmed") or {"seeds": 0})["seeds"]
+    return verdict["best"], verdict["baseline"], seeds
+
+
+def _seeds(session: Session) -> int:
+    return session.file.ladder.confirm.seeds if is_decided(session) else 0
+
+
+def _source(trial: FrozenTrial) -> int:
+    """The trial whose weights a trial's are."""
+    number: int = trial.user_attrs.get("duplicate_of", trial.number)
+    return number
 
 
 def _compare(

@@ -86,11 +86,13 @@ def _rungs(file: StudyFile) -> list[dict[str, Any]]:
 
 
 def _print_rungs(rungs: list[dict[str, Any]], count: int) -> None:
-    apart = "" if rungs[-1]["rung"] == "full" else "; before them, plain cross-entropy in full"
+    apart = "" if any(row["rung"] == "full" for row in rungs) else "; before them, plain cross-entropy in full"
     print(f"the ladder, from the cheapest rung up{apart}:")
     for row in rungs:
-        print(f"  {row['rung']}: {row['trials']} trials")
-        print(f"    searches {len(row['searches'])} of {count} hyperparameters")
+        most = "at most " if row["rung"] == "confirm" else ""
+        print(f"  {row['rung']}: {most}{row['trials']} trials")
+        if row["rung"] != "confirm":
+            print(f"    searches {len(row['searches'])} of {count} hyperparameters")
         print(f"    holds fixed {row['why_held']}")
         for name, value in row["holds"].items():
             print(f"      {name} = {value}")

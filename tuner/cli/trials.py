@@ -146,7 +146,9 @@ def _print_table(rows: list[dict[str, Any]], *, several: bool) -> None:
 
 
 def _origin(row: dict[str, Any]) -> str:
-    """Which trial of the rung below a trial was promoted from, and whether more is open in it."""
+    """Which trial of the rung below a trial is from, and whether more is open in it."""
+    if row["confirms"] is not None:
+        return str(row["confirms"])
     if row["promoted_from"] is None:
         return ""
     return f"{row['promoted_from']}{' +' if row['unseen'] else ''}"

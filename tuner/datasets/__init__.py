@@ -5,6 +5,7 @@ from __future__ import annotations
 from tuner.datasets import _arrays, _folders  # noqa: F401  (they register their data sets)
 from tuner.datasets._base import DATASETS, RESIDENT_LIMIT, Dataset
 from tuner.datasets._data import Data, Part
+from tuner.datasets._folds import fold
 from tuner.datasets._images import Images, ResidentImages, StreamedImages
 from tuner.datasets._profiles import PROFILES, Profile
 from tuner.datasets._split import validation_counts
@@ -20,5 +21,6 @@ __all__ = [
     "Profile",
     "ResidentImages",
     "StreamedImages",
+    "fold",
     "validation_counts",
 ]

@@ -84,6 +84,7 @@ def assemble(name: str, sources: Sources, rules: Rules, resident_limit: int) -> 
             *_small_classes(names, plan, chosen),
             *duplicates(identities),
         ),
+        carved=plan.validation is not None,
         load_test=None if test is None else partial(test.load, resident_limit),
     )
 

@@ -44,6 +44,7 @@ class Data:
             are made.
         fingerprint: SHA-256 of the image contents, their classes and the split.
         warnings: What the user should know, such as classes too small to estimate.
+        carved: Whether the validation part was taken out of the training part.
         load_test: Loads the test part; None if there is none.
     """
 
@@ -58,6 +59,7 @@ class Data:
     pool_counts: Tensor
     fingerprint: str
     warnings: tuple[str, ...] = ()
+    carved: bool = False
     load_test: Callable[[], Part] | None = field(default=None, repr=False)
 
     @cached_property

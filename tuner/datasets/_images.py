@@ -122,6 +122,14 @@ class StreamedImages:
 Images = ResidentImages | StreamedImages
 
 
+def joined(first: Images, second: Images) -> Images:
+    """The images of two parts of one data set, one after the other."""
+    if isinstance(first, ResidentImages) and isinstance(second, ResidentImages):
+        return ResidentImages(torch.cat([first.tensor, second.tensor]))
+    assert isinstance(first, StreamedImages) and isinstance(second, StreamedImages)
+    return replace(first, paths=first.paths + second.paths)
+
+
 class _Files(Dataset[Tensor]):
     """Decodes a whole batch in one worker; an error is handed over as a value.
 

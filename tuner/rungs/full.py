@@ -93,7 +93,7 @@ def run(
 def _run(
     slot: Slot, attempt: Attempt, stop: Callable[[], bool], on_epoch: OnEpoch
 ) -> Generator[None, None, Outcome]:
-    session, data = slot.session, slot.data
+    session, data = slot.session, slot.data_for(attempt)
     recipe = resolve(session, attempt.trial, data, slot.device)
     way = _way(slot, recipe)
     slot.side_by_side = way.lanes
@@ -144,7 +144,8 @@ def _make_room(slot: Slot, attempt: Attempt) -> Outcome:
 def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | Stopped) -> Outcome:
     if isinstance(done, Complete):
         complete(attempt, training, done)
-        return Outcome(attempt.number, "complete", value=done.value)
+        reason = "confirm" if rung_of(attempt) == "confirm" else None
+        return Outcome(attempt.number, "complete", reason, value=done.value)
     if isinstance(done, Pruned):
         attempt.note({"metrics": metrics_of(done.assessment), "seconds": training.seconds})
         return _end(attempt, "pruned", done.reason)

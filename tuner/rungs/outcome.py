@@ -8,8 +8,10 @@ from typing import Literal
 
 from optuna.trial import Trial
 
-from tuner.datasets import Data
+from tuner.confirm import fold_of
+from tuner.datasets import Data, fold
 from tuner.heads import COHORT
+from tuner.ladder import HasAttributes
 from tuner.pulse import Pulse
 from tuner.rungs.peers import Peers
 from tuner.session import Session
@@ -55,7 +57,18 @@ class Slot:
     most: int | None = None
     ask_again: float = 0.0
     stages: set[str] = field(default_factory=set)
+    folds: dict[int, Data] = field(default_factory=dict)
     beside: Callable[[], int] = lambda: 1
+
+    def data_for(self, trial: HasAttributes) -> Data:
+        """The data that a trial is trained and judged on: at the confirm rung, a fold of them."""
+        index = fold_of(trial)
+        if index is None:
+            return self.data
+        if index not in self.folds:
+            # Trials come fold by fold; each fold is a copy of the images.
+            self.folds = {index: fold(self.data, index)}
+        return self.folds[index]
 
     @property
     def room(self) -> int:

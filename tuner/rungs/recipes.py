@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.backends import settled
+from tuner.confirm import contenders, fresh_seed
 from tuner.datasets import Data
 from tuner.imbalance import correction_warning
 from tuner.ladder import rung_of
@@ -17,6 +18,7 @@ from tuner.losses import LOSSES
 from tuner.recipe import PARTS, Recipe
 from tuner.samplers import SAMPLERS
 from tuner.session import Session
+from tuner.trained import stored_recipe
 from tuner.training import TRAININGS
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ def resolve(
     recipe = replace(space.suggest(trial), data=session.file.data)
     if trial.user_attrs.get("baseline"):
         recipe = plain(recipe)
+    if rung_of(trial) == "confirm":
+        recipe = _again(session, trial)
     recipe = _as_before(recipe, trial.user_attrs.get("recipe", {}).get("training", {}))
     if data is not None and device is not None:
         recipe = settled(recipe, data, device)
@@ -59,6 +63,13 @@ def resolve(
     return recipe
 
 
+def _again(session: Session, trial: Any) -> Recipe:
+    """The recipe that a trial of the confirm rung trains again, with its fresh seed."""
+    attrs = trial.user_attrs
+    found = next(t for t in session.trials() if t.number == attrs["confirms"])
+    return replace(stored_recipe(found), seed=fresh_seed(session, attrs["fold"]))
+
+
 def _as_before(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
     """The recipe in the precision and layout of an earlier attempt, where they are open."""
     chosen = {
@@ -81,9 +92,17 @@ def _warnings(recipe: Recipe, kappa: float) -> Iterator[str]:
 
 
 def kept_trials(session: Session) -> set[int]:
-    """Numbers of the trials whose weights are kept: those the best and the baseline are from."""
-    wanted = (session.best(), session.baseline())
-    return {t.user_attrs.get("duplicate_of", t.number) for t in wanted if t is not None}
+    """Numbers of the trials whose weights are kept: those the best and the baseline are from.
+
+    Until a study that confirms its best recipes has decided, those are all of them, with what
+    they are trained again for: only then is it known which are looked at on the test part.
+    """
+    wanted = {t.number for t in (session.best(), session.baseline()) if t is not None}
+    trials = {t.number: t for t in session.trials()}
+    if session.file.ladder.confirms:
+        wanted |= contenders(session).keys()
+        wanted |= {n for n, t in trials.items() if t.user_attrs.get("confirms") in wanted}
+    return {trials[number].user_attrs.get("duplicate_of", number) for number in wanted}
 
 
 def plain(recipe: Recipe) -> Recipe:

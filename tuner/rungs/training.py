@@ -80,7 +80,7 @@ class Training:
     def _is_spared(self) -> bool:
         search = self.session.file.search
         draw = derive_seed(search.seed, "control", self.attempt.number) % 10_000
-        needed = {"baseline", "compares"} & self.attempt.user_attrs.keys()
+        needed = {"baseline", "compares", "confirms"} & self.attempt.user_attrs.keys()
         return bool(needed) or search.pruner == "none" or draw < search.control * 10_000
 
     def run(

@@ -17,10 +17,12 @@ from tuner.statistics._intervals import (
 )
 from tuner.statistics._paired import PairedDifference, holm, mcnemar, paired_difference
 from tuner.statistics._ranks import rank_correlation
+from tuner.statistics._repeated import RepeatedDifference, repeated_difference
 
 __all__ = [
     "Interval",
     "PairedDifference",
+    "RepeatedDifference",
     "bootstrap_intervals",
     "bootstrap_intervals_of_each",
     "geometric_mean_interval",
@@ -29,6 +31,7 @@ __all__ = [
     "mean_recall_interval",
     "paired_difference",
     "rank_correlation",
+    "repeated_difference",
     "wilson",
     "worst_class_interval",
 ]

@@ -95,7 +95,7 @@ def ladder_data(session: Session) -> LadderData | None:
         rows=tuple(rows),
         comparisons=tuple(
             _comparison(session, lower, upper)
-            for lower, upper in zip(ladder.rungs, ladder.rungs[1:], strict=False)
+            for lower, upper in zip(ladder.searched, ladder.searched[1:], strict=False)
         ),
     )
 
@@ -103,14 +103,15 @@ def ladder_data(session: Session) -> LadderData | None:
 def _row(session: Session, rung: Rung, spent: dict[int, float]) -> RungRow:
     file, own = session.file, at(session, rung)
     tries = [trial for trial in session.trials() if rung_of(trial) == rung]
-    sources = {t.user_attrs.get("promoted_from") for t in session.trials()}
+    above = "confirms" if rung == file.ladder.last else "promoted_from"
+    sources = {t.user_attrs.get(above) for t in session.trials()}
     seconds, per_trial = _cost(tries, spent)
     return RungRow(
         rung=rung,
         ended=sum(trial.state.is_finished() for trial in own),
         planned=file.ladder.trials(rung, file.trials()),
         judged=sum(map(is_judged, own)),
-        promoted=None if rung == file.ladder.last else sum(t.number in sources for t in own),
+        promoted=None if rung == file.ladder.rungs[-1] else sum(t.number in sources for t in own),
         seconds=seconds,
         per_trial=per_trial,
         why_held=how_held(file, rung),

@@ -96,7 +96,7 @@ def places(session: Session) -> Callable[[int], int]:
 def rung_shown(session: Session) -> str | None:
     """The rung whose trials figures show; None where all trials are trained in full."""
     ladder = session.file.ladder
-    return None if ladder.rungs == ("full",) else ladder.last
+    return None if ladder.searched == ("full",) else ladder.last
 
 
 def state_of(trial: FrozenTrial) -> State:

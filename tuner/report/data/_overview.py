@@ -111,7 +111,7 @@ def overview_data(session: Session) -> OverviewData:
 
 def _below(session: Session) -> dict[str, int]:
     ended = Counter(rung_of(trial) for trial in session.trials() if trial.state.is_finished())
-    return {rung: ended[rung] for rung in session.file.ladder.rungs[:-1]}
+    return {rung: ended[rung] for rung in session.file.ladder.searched[:-1]}
 
 
 def _test_images(verdict: dict[str, Any] | None) -> int | None:

@@ -1,0 +1,122 @@
+"""What the confirm rung found, as numbers to be stored with the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuner.confirm import Standing, against, is_decided, mean_breach, standings
+from tuner.datasets import Data, fold
+from tuner.evaluation import adjusted_logits
+from tuner.metrics import METRICS, evaluate
+from tuner.session import Session
+from tuner.statistics import RepeatedDifference, holm
+from tuner.trained import trained_lane
+
+Found = dict[str, Any]
+
+
+def confirmation(
+    session: Session, data: Data, metrics: Sequence[str], *, device: str = "cpu"
+) -> Found | None:
+    """The recipes of the confirm rung, the best first, and what some of them have on test.
+
+    Each has its value in the ``search``, its ``values`` by seed, and its differences of
+    ``metrics`` to plain cross-entropy ``as_it_is``; the p-values of one metric are adjusted for
+    there being several recipes (Holm 1979). ``rivals`` are recipes that are not told apart from
+    the first. On the test part only the first and plain cross-entropy are looked at, with every
+    seed. None before the rung is over.
+    """
+    if not is_decided(session):
+        return None
+    found = standings(session)
+    objective = session.file.objective.metric
+    plain = next((each for each in found if each.role == "plain"), None)
+    names = tuple(dict.fromkeys((*metrics, objective)))
+    return {
+        "seeds": session.file.ladder.confirm.seeds,
+        "other_images": data.carved,
+        "recipes": _rows(session, found, plain, names),
+        "rivals": [each.trial.number for each in found[1:] if _is_rival(session, found[0], each)],
+        "test": [] if data.test is None else _on_test(session, found, data, names, device),
+    }
+
+
+def _rows(
+    session: Session, found: Sequence[Standing], plain: Standing | None, names: Sequence[str]
+) -> list[Found]:
+    beside = [
+        {} if plain is None or each is plain else against(session, each, plain, names=names)
+        for each in found
+    ]
+    adjusted: list[dict[str, float]] = [{} for _ in found]
+    for name in names:
+        having = [index for index, differences in enumerate(beside) if name in differences]
+        p_values = holm([beside[index][name].p_value for index in having])
+        for index, p_value in zip(having, p_values, strict=True):
+            adjusted[index][name] = p_value
+    return [
+        _row(session, each, plain, {k: _difference(v, p[k]) for k, v in differences.items()})
+        for each, differences, p in zip(found, beside, adjusted, strict=True)
+    ]
+
+
+def _row(
+    session: Session, each: Standing, plain: Standing | None, differences: dict[str, Found]
+) -> Found:
+    attrs, values = each.trial.user_attrs, each.objective()
+    return {
+        "trial": each.trial.number,
+        "role": each.role,
+        "loss": attrs["loss"],
+        "sampler": attrs["sampler"],
+        "search": each.trial.values[0],
+        "values": [values.get(i) for i in range(session.file.ladder.confirm.seeds)],
+        "keeps_floor": bool(each.runs) and mean_breach(session, each, plain) <= 0,
+        "to_plain": differences,
+    }
+
+
+def _difference(found: RepeatedDifference, p_value: float) -> Found:
+    low, high = found.interval.low, found.interval.high
+    return {"estimate": found.estimate, "low": low, "high": high, "p_value": p_value}
+
+
+def _is_rival(session: Session, first: Standing, other: Standing) -> bool:
+    """Whether the seeds cannot tell a recipe that keeps the floor from the first one."""
+    metric = session.file.objective.metric
+    difference = against(session, first, other, names=[metric]).get(metric)
+    plain = next((each for each in standings(session) if each.role == "plain"), None)
+    if difference is None or mean_breach(session, other, plain) > 0:
+        return False
+    sign = 1 if METRICS[metric] == "maximize" else -1
+    edge = difference.interval.low if sign > 0 else -difference.interval.high
+    return edge <= 0
+
+
+def _on_test(
+    session: Session, found: Sequence[Standing], data: Data, names: Sequence[str], device: str
+) -> list[Found]:
+    wanted = [each for each in found if each is found[0] or each.role != "recipe"]
+    return [
+        {
+            "trial": each.trial.number,
+            "role": each.role,
+            "metrics": _by_seed(session, each, data, names, device),
+        }
+        for each in wanted
+    ]
+
+
+def _by_seed(
+    session: Session, each: Standing, data: Data, names: Sequence[str], device: str
+) -> dict[str, list[float | None]]:
+    """Metrics of a recipe's models on the test part, each adjusted with its own τ."""
+    assert data.test is not None
+    targets, found = data.test.targets.cpu(), []
+    for index, run in sorted(each.runs.items()):
+        lane = trained_lane(session, run, fold(data, index), device)
+        tau = run.user_attrs["tau"] if session.file.objective.adjusted else 0.0
+        logits = adjusted_logits(lane.logits(data.test.images), data.class_counts, tau)
+        found.append(evaluate(logits, targets, data.groups))
+    return {name: [metrics[name] for metrics in found] for name in names}

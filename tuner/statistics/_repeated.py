@@ -1,0 +1,47 @@
+"""Two recipes trained several times, with other seeds and on other divisions of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+from tuner.statistics._intervals import Interval
+
+
+@dataclass(frozen=True)
+class RepeatedDifference:
+    """Mean of paired differences, its 95 % interval, and the p-value of "not better"."""
+
+    estimate: float
+    interval: Interval
+    p_value: float
+
+
+def repeated_difference(
+    differences: Sequence[float], ratio: float, *, confidence: float = 0.95
+) -> RepeatedDifference:
+    """Judge paired differences (r,), r ≥ 2, each from a training of its own.
+
+    ``ratio`` is that of validation to training images. The trainings share most of their images,
+    so that their mean varies more than independent ones would: the variance is
+    (1/r + ratio) times that of the differences, the corrected resampled t-test of Nadeau and
+    Bengio (2003). The p-value is one-sided, for a mean of at most zero.
+
+    Raises:
+        ValueError: There are fewer than two differences.
+    """
+    from scipy.stats import t
+
+    count = len(differences)
+    if count < 2:
+        raise ValueError("it takes two trainings to see how much they vary")
+    mean = fmean(differences)
+    error = math.sqrt((1 / count + ratio) * variance(differences))
+    half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
+    if error > 0:
+        p_value = float(t.sf(mean / error, count - 1))
+    else:  # Nothing to divide by: how often that many coins fall alike.
+        p_value = 0.5**count if mean > 0 else 1.0
+    return RepeatedDifference(mean, Interval(mean - half, mean + half), p_value)
