@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.confirm import ROLE_NAMES
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
@@ -34,8 +37,9 @@ def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[s
         _summary(session, trial, data, metrics),
         *([_head_only(session)] if rung_of(trial) == "head" else []),
         _results(session, metrics),
+        *_confirmed(session, metrics["verdict"]),
         _use(data),
-        _limits(session, data),
+        _limits(session, data, metrics["verdict"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -125,6 +129,41 @@ def _results(session: Session, metrics: dict[str, Any]) -> str:
     )
 
 
+def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
+    """The same recipe with fresh seeds, if it was trained so; beside plain cross-entropy."""
+    found = (verdict or {}).get("confirmed")
+    if not found:
+        return []
+    metric, images = session.file.objective.metric, " and other validation images"
+    first, *others = found["recipes"]
+    rows = [first, *(row for row in others if row["role"] != "recipe")]
+    on_test = {each["trial"]: each["metrics"][metric] for each in found["test"]}
+    lines = [
+        f"| {ROLE_NAMES.get(row['role'], 'this recipe')} | {_percent(row['search'])} | "
+        f"{_spread(row['values'])} | {_spread(on_test.get(row['trial'], []))} |"
+        for row in rows
+    ]
+    return [
+        "\n".join(
+            [
+                f"## {metric} with {found['seeds']} fresh seeds{images * found['other_images']}",
+                "",
+                "| recipe | in the search | validation, mean ± sd | test, mean ± sd |",
+                "|---|---|---|---|",
+                *lines,
+            ]
+        )
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{100 * fmean(known):.1f}{deviation} %"
+
+
 def _use(data: Data) -> str:
     return f"""## Use
 
@@ -142,9 +181,10 @@ normalised with mean {_numbers(data.mean)} and standard deviation {_numbers(data
 classes, in the order of the logits, stand in `recipe.toml` under `[result]`."""
 
 
-def _limits(session: Session, data: Data) -> str:
+def _limits(session: Session, data: Data, verdict: dict[str, Any] | None) -> str:
+    once = "One training with one seed: how much another seed changes was not measured."
     lines = [
-        "One training with one seed: how much another seed changes was not measured.",
+        *([] if (verdict or {}).get("confirmed") else [once]),
         *data.warnings,
         *certainty(data),
     ]

@@ -187,11 +187,11 @@ def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = Fal
 def ladder_lines(session: Session) -> list[str]:
     """Where each rung stands, how it ranks beside the one below, and whether that is followed."""
     ladder, lines = session.file.ladder, []
-    for rung in ladder.rungs:
+    for rung in ladder.searched:
         own = at(session, rung)
         ended = sum(t.state.is_finished() for t in own)
         lines.append(f"{rung} {ended} of {_budget(session, rung)} trials")
-        below = ladder.below(rung) if rung != "confirm" else None
+        below = ladder.below(rung)
         if below is not None and any(map(is_judged, own)):
             found = compared(session, below, rung)
             low = compared(session, below, rung, decisive=True).is_low(ladder.trust)

@@ -1,10 +1,10 @@
-"""The confirm rung: the best recipes once more with fresh seeds, and which of them is the answer."""
+"""The confirm rung: the best recipes again with fresh seeds, and which of them is the answer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Role = Literal["recipe", "plain", "tuned"]
 SEEDS = 2**31
+ROLE_NAMES = {"plain": "plain cross-entropy", "tuned": "plain cross-entropy, tuned"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Standing:
     def objective(self) -> dict[int, float]:
         """The objective by the index of the seed."""
         return {index: run.values[0] for index, run in self.runs.items()}
+
+    @property
+    def evidence(self) -> list[FrozenTrial]:
+        """All trainings of the recipe, that of the search among them, to choose by."""
+        return [self.trial, *self.runs.values()]
 
 
 def contenders(session: Session) -> dict[int, Role]:
@@ -95,10 +101,12 @@ def fold_of(trial: HasAttributes) -> int | None:
 
 
 def standings(session: Session) -> list[Standing]:
-    """How the recipes stand at the confirm rung, the best first; those with all seeds before others.
+    """How the recipes stand at the confirm rung, the best first; those without all seeds last.
 
     Recipes whose mean keeps the floor come first, by the mean of their objective; then those that
-    break it, by how far they do.
+    break it, by how far they do. The mean is over the trainings of the rung and that of the
+    search: all are as sure, and that a recipe was picked by one of them makes the mean no worse
+    a guide to which is best. It does make it too high, so it is never reported.
     """
     roles = contenders(session)
     trials = {trial.number: trial for trial in session.trials(TrialState.COMPLETE)}
@@ -120,26 +128,25 @@ def _standing(trial: FrozenTrial, role: Role, ended: Iterable[FrozenTrial]) -> S
 
 
 def _order(session: Session, each: Standing, plain: Standing | None) -> tuple[Any, ...]:
-    if not each.runs:
-        return (True, True, 0.0, 0.0, each.trial.number)
     objective, missing = session.file.objective, len(each.runs) < session.file.ladder.confirm.seeds
     breach = mean_breach(session, each, plain)
     sign = -1 if METRICS[objective.metric] == "maximize" else 1
-    balanced = each.metric("balanced_accuracy", adjusted=objective.adjusted).values()
-    rank = sign * fmean(each.objective().values()) if breach <= 0 else breach
-    return (missing, breach > 0, rank, -fmean(balanced or [0.0]), each.trial.number)
+    kind = "adjusted" if objective.adjusted else "raw"
+    balanced = [t.user_attrs["metrics"][kind]["balanced_accuracy"] or 0.0 for t in each.evidence]
+    rank = sign * fmean(t.values[0] for t in each.evidence) if breach <= 0 else breach
+    return (missing, breach > 0, rank, -fmean(balanced), each.trial.number)
 
 
 def mean_breach(session: Session, each: Standing, plain: Standing | None) -> float:
-    """How far a recipe's mean is below the floor, which is that of plain cross-entropy's mean."""
+    """How far a recipe is below the floor, on average over its trainings (<= 0: it is kept).
+
+    The floor of a training is that of plain cross-entropy with the same seed.
+    """
     beside = {} if plain is None else plain.runs
-    breaches = [
-        session.floor_violation(
-            run.user_attrs["metrics"],
-            beside[index].user_attrs["metrics"] if index in beside else None,
-        )
-        for index, run in each.runs.items()
-    ]
+    breaches = [session.floor_violation(each.trial.user_attrs["metrics"])]
+    for index, run in each.runs.items():
+        other = beside[index].user_attrs["metrics"] if index in beside else None
+        breaches.append(session.floor_violation(run.user_attrs["metrics"], other))
     known = [breach for breach in breaches if breach is not None]
     return fmean(known) if known else 0.0
 
@@ -182,3 +189,21 @@ def _ratio(session: Session, name: str) -> float:
     training, validation = attrs["class_counts"], attrs["validation_counts"]
     members = attrs["groups"].get(name.removesuffix("_accuracy"), range(len(training)))
     return fmean(validation[c] / training[c] for c in members if training[c])
+
+
+def confirm_lines(session: Session) -> list[str]:
+    """How far the rung is, and what it says of its best recipe once it is over."""
+    own = [t for t in session.trials() if "confirms" in t.user_attrs]
+    own = [t for t in own if "retry_of" not in t.user_attrs]
+    planned = len(own) or session.file.ladder.trials("confirm", 0)
+    ended = sum(t.state.is_finished() for t in own)
+    lines = [f"confirm {ended} of {'' if own else 'at most '}{planned} trials"]
+    if is_decided(session):
+        first = standings(session)[0]
+        values = list(first.objective().values())
+        fresh = f"{fmean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else "failed"
+        lines.append(
+            f"trial {first.trial.number}: {fresh} with {len(values)} fresh seeds, "
+            f"{first.trial.values[0]:.4f} in the search"
+        )
+    return lines

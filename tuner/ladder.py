@@ -81,11 +81,11 @@ def _climbing(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
 class Ladder:
     """The rungs a study climbs, cheapest first; the last one gives the answer.
 
-    ``[budget] trials`` are those of the last rung that searches; ``confirm`` does not. Of them ``promoted`` is the share for the
-    best recipes of the rung below, and ``unseen`` the share for such recipes with everything
-    searched that the rung below cannot see. Where the ranks of the two rungs correlate by less
-    than ``trust`` (Spearman), both shares go to the algorithm's own proposals; else these learn
-    from the rung below too, unless ``prior`` is false.
+    ``[budget] trials`` are those of the last rung that searches; ``confirm`` does not. Of them
+    ``promoted`` is the share for the best recipes of the rung below, and ``unseen`` the share for
+    such recipes with everything searched that the rung below cannot see. Where the ranks of the
+    two rungs correlate by less than ``trust`` (Spearman), both shares go to the algorithm's own
+    proposals; else these learn from the rung below too, unless ``prior`` is false.
     """
 
     rungs: Annotated[

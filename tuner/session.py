@@ -66,7 +66,7 @@ class Session:
         return self.best_found() if chosen is None else chosen
 
     def best_found(self) -> FrozenTrial | None:
-        """The complete trial, so of the search's last rung, with the best value that keeps the floor.
+        """The complete trial, so of the last rung searched, with the best value within the floor.
 
         Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
         break the floor, it is the one that breaks it least.

@@ -165,6 +165,8 @@ def _check_together(study: StudyFile, where: str) -> None:
         )
     if study.ladder.searched != ("full",):
         _check_ladder(study, where)
+    if study.ladder.confirms:
+        _check_goals(study, where)
     if search.algorithm == "grid":
         _check_grid(study, where)
     if not space.rows() and (study.budget.trials or 2) > 2:
@@ -174,6 +176,16 @@ def _check_together(study: StudyFile, where: str) -> None:
         )
     if search.strategy == "progressive":
         _check_progressive(study, where)
+
+
+def _check_goals(study: StudyFile, where: str) -> None:
+    for key in ("target", "plateau"):
+        value = getattr(study.budget, key)
+        if value is not None:
+            raise StudyFileError(
+                f"{where}: budget.{key} = {value} ends the study at once, before the confirm rung "
+                f"trained anything again; leave out budget.{key}, or confirm in ladder.rungs"
+            )
 
 
 def _check_grid(study: StudyFile, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import Ticket, climb, ladder_lines, presets
-from tuner.confirm import confirming
+from tuner.confirm import confirm_lines, confirming
 from tuner.ledger import Lease
 from tuner.study import PROGRESSIVE, distinct_grid
 
@@ -178,10 +178,15 @@ def _best_tail(session: Session) -> float:
 
 
 def ladder_state(session: Session) -> list[str]:
-    """Where the ladder or the progressive strategy stands, line by line; none without either."""
+    """Where the rungs or the progressive strategy stand, line by line; none in a plain search."""
+    lines = confirm_lines(session) if session.file.ladder.confirms else []
+    if session.file.ladder.searched != ("full",):
+        return ladder_lines(session) + lines
+    return _progressive_state(session) + lines
+
+
+def _progressive_state(session: Session) -> list[str]:
     search = session.file.search
-    if session.file.ladder.rungs != ("full",):
-        return ladder_lines(session)
     if search.strategy != "progressive":
         return []
     rungs = {t.user_attrs["rung"] for t in session.trials() if "rung" in t.user_attrs}

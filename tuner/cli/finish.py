@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.cli.show import percent
 from tuner.datasets import Data
 from tuner.engines import masked
@@ -59,6 +60,7 @@ def finish(
         console.print(verdict_table(verdict))
         for line in conclusions(session, verdict):
             console.print(escape(line), soft_wrap=True)
+        _print_confirmed(console, session, verdict)
     console.print(
         f"\nreport  {escape(str(report))}\nrecipe  {escape(str(files[0]))}", soft_wrap=True
     )
@@ -73,6 +75,16 @@ def finish(
     console.print(
         "\nnext:", *(f"  {step}" for step in steps), sep="\n", markup=False, soft_wrap=True
     )
+
+
+def _print_confirmed(console: Console, session: Session, verdict: Mapping[str, Any]) -> None:
+    found, metric = verdict.get("confirmed"), session.file.objective.metric
+    if found:
+        console.print(confirmed_table(found, metric))
+        for line in confirmed_lines(found, metric):
+            console.print(escape(line), soft_wrap=True)
+    elif session.file.ladder.confirms:
+        console.print("The confirm rung is not over, so this is what the search alone found.")
 
 
 def command(name: str, argument: str, options: Mapping[str, object]) -> str:

@@ -86,7 +86,8 @@ def _rungs(file: StudyFile) -> list[dict[str, Any]]:
 
 
 def _print_rungs(rungs: list[dict[str, Any]], count: int) -> None:
-    apart = "" if any(row["rung"] == "full" for row in rungs) else "; before them, plain cross-entropy in full"
+    has_full = any(row["rung"] == "full" for row in rungs)
+    apart = "" if has_full else "; before them, plain cross-entropy in full"
     print(f"the ladder, from the cheapest rung up{apart}:")
     for row in rungs:
         most = "at most " if row["rung"] == "confirm" else ""
@@ -137,17 +138,19 @@ _STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 
 def _counted(row: dict[str, Any]) -> Iterator[str]:
-    """Trials by state; those of lower rungs, which end as pruned for Optuna, apart."""
+    """Trials by state; those of other rungs, which end as pruned for Optuna, apart."""
     for state in _STATES:
-        number = row[state] - (row["below"] if state == "pruned" else 0)
+        number = row[state] - (row["below"] + row["confirmed"] if state == "pruned" else 0)
         if number:
             yield f"{number} {state}"
     if row["below"]:
         yield f"{row['below']} trained at lower rungs"
+    if row["confirmed"]:
+        yield f"{row['confirmed']} trained to confirm"
 
 
 def _status(session: Session) -> dict[str, Any]:
-    """A study as programs read it; ``pruned`` has those ``below`` the last rung in it."""
+    """A study as programs read it; ``pruned`` has those of other rungs in it."""
     from tuner.cli.fleet import described, present
     from tuner.ladder import is_judged
     from tuner.ledger import Order
@@ -155,11 +158,14 @@ def _status(session: Session) -> dict[str, Any]:
     from tuner.worker import progress
 
     best = session.best()
+    done = [t for t in session.trials() if t.state.name == "PRUNED" and is_judged(t)]
+    confirmed = sum("confirms" in t.user_attrs for t in done)
     order = session.ledger.standing() if session.ledger.ready() else Order("run")
     return {
         "study": session.file.name,
         **progress(session),
-        "below": sum(t.state.name == "PRUNED" and is_judged(t) for t in session.trials()),
+        "below": len(done) - confirmed,
+        "confirmed": confirmed,
         "metric": session.file.objective.metric,
         "ladder": ladder_state(session),
         "best": None if best is None else best.number,

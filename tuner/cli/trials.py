@@ -22,6 +22,7 @@ FACTS = (
     *("reason", "detail", "loss", "sampler", "kappa", "warning", "sampling", "metrics"),
     *("intervals", "recall_per_class", "tau", "extras", "duplicate_of", "baseline", "preset"),
     *("rung", "retry_of", "promoted_from", "unseen", "compares"),
+    *("confirms", "fold"),
     *("branched_from", "stage_one_seconds"),
 )
 ATTEMPT = (
@@ -105,14 +106,14 @@ def trial_row(session: Session, trial: FrozenTrial, tries: list[dict[str, Any]])
     from tuner.ladder import is_judged, rung_of
 
     attrs = trial.user_attrs
-    judged = is_judged(trial)
+    judged, again = is_judged(trial), "confirms" in attrs
     complete = trial.state.name == "COMPLETE"
     return {
         "trial": trial.number,
         "fidelity": rung_of(trial),
         "state": trial.state.name.lower(),
         "value": trial.values[0] if judged or complete else None,
-        "keeps_floor": session.keeps_floor(trial) if judged else None,
+        "keeps_floor": session.keeps_floor(trial) if judged and not again else None,
         "end": tries[-1]["end"] if tries else None,
         **{key: attrs.get(key) for key in FACTS},
         "seconds": attrs.get("seconds"),

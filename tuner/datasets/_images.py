@@ -126,7 +126,8 @@ def joined(first: Images, second: Images) -> Images:
     """The images of two parts of one data set, one after the other."""
     if isinstance(first, ResidentImages) and isinstance(second, ResidentImages):
         return ResidentImages(torch.cat([first.tensor, second.tensor]))
-    assert isinstance(first, StreamedImages) and isinstance(second, StreamedImages)
+    assert isinstance(first, StreamedImages)
+    assert isinstance(second, StreamedImages)
     return replace(first, paths=first.paths + second.paths)
 
 

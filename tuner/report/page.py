@@ -13,6 +13,7 @@ from tuner.errors import StorageError
 from tuner.report import data as numbers
 from tuner.report.assets import SCRIPT
 from tuner.report.climb import climb
+from tuner.report.confirmed import confirmed
 from tuner.report.data import (
     OverviewData,
     PruningData,
@@ -66,6 +67,7 @@ def report_html(session: Session) -> str:
     overview = numbers.overview_data(session)
     content = [
         *lead(overview, numbers.verdict_data(session)),
+        *confirmed(numbers.confirmed_data(session)),
         *_recipe(overview),
         *_data(overview),
         *climb(numbers.ladder_data(session)),

@@ -143,8 +143,8 @@ def _make_room(slot: Slot, attempt: Attempt) -> Outcome:
 
 def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | Stopped) -> Outcome:
     if isinstance(done, Complete):
-        complete(attempt, training, done)
         reason = "confirm" if rung_of(attempt) == "confirm" else None
+        complete(attempt, training, done)
         return Outcome(attempt.number, "complete", reason, value=done.value)
     if isinstance(done, Pruned):
         attempt.note({"metrics": metrics_of(done.assessment), "seconds": training.seconds})

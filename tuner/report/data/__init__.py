@@ -12,6 +12,12 @@ from tuner.report.data._answer import (
     recall_data,
     verdict_data,
 )
+from tuner.report.data._confirmed import (
+    ConfirmedData,
+    ConfirmedRecipe,
+    Repeated,
+    confirmed_data,
+)
 from tuner.report.data._ladder import Comparison, LadderData, RungRow, Twin, ladder_data
 from tuner.report.data._moment import still
 from tuner.report.data._overview import (
@@ -38,6 +44,8 @@ __all__ = [
     "BestRecipe",
     "ClassRecall",
     "Comparison",
+    "ConfirmedData",
+    "ConfirmedRecipe",
     "Control",
     "Difference",
     "Estimate",
@@ -51,6 +59,7 @@ __all__ = [
     "Point",
     "PruningData",
     "RecallData",
+    "Repeated",
     "RungRow",
     "Setting",
     "Tradeoff",
@@ -58,6 +67,7 @@ __all__ = [
     "Twin",
     "VerdictData",
     "VerdictRow",
+    "confirmed_data",
     "head_tail_data",
     "history_data",
     "ladder_data",

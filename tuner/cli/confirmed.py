@@ -1,0 +1,81 @@
+"""What the confirm rung found, for people at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from tuner.cli.show import percent
+from tuner.confirm import ROLE_NAMES
+
+
+def confirmed_table(found: dict[str, Any], metric: str) -> Table:
+    """Every recipe of the rung: what the search saw, and what fresh seeds give."""
+    images = ", other validation images" if found["other_images"] else ""
+    table = Table(title=f"{metric} with {found['seeds']} fresh seeds{images}")
+    table.add_column("recipe", min_width=16)
+    for column in ("search", "fresh seeds", "to plain CE", "test"):
+        table.add_column(column, justify="right", no_wrap=True)
+    on_test = {each["trial"]: each["metrics"][metric] for each in found["test"]}
+    for row in found["recipes"]:
+        table.add_row(*_cells(row, metric, on_test.get(row["trial"], [])))
+    return table
+
+
+def _cells(row: dict[str, Any], metric: str, on_test: Sequence[float | None]) -> list[str]:
+    name = ROLE_NAMES.get(row["role"], f"{row['loss']}, {row['sampler']}")
+    floor = "" if row["keeps_floor"] or not any(_known(row["values"])) else " (breaks the floor)"
+    difference = row["to_plain"].get(metric)
+    return [
+        f"{row['trial']}: {name}{floor}",
+        amount(metric, row["search"]),
+        spread(metric, row["values"]),
+        "" if difference is None else _difference(metric, difference),
+        spread(metric, on_test) if on_test else "",
+    ]
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def spread(metric: str, values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds, and how many of them failed."""
+    known = _known(values)
+    failed = len(values) - len(known)
+    lost = f", {failed} failed" if failed else ""
+    if not known:
+        return f"–{lost}"
+    deviation = f" ± {amount(metric, stdev(known))}" if len(known) > 1 else ""
+    return f"{amount(metric, fmean(known))}{deviation}{lost}"
+
+
+def amount(metric: str, value: float) -> str:
+    """A metric's value as people read it: shares in percent, the likelihood as it is."""
+    return f"{value:.3f}" if metric == "nll" else percent(value)
+
+
+def _difference(metric: str, found: dict[str, float]) -> str:
+    estimate, low, high = (
+        f"{found[key]:+.3f}" if metric == "nll" else f"{100 * found[key]:+.1f}"
+        for key in ("estimate", "low", "high")
+    )
+    return f"{estimate} [{low}, {high}]"
+
+
+def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
+    """What the table allows to say: the shrinkage, and who cannot be told apart."""
+    first = found["recipes"][0]
+    images = " on other validation images" if found["other_images"] else ""
+    unit = "" if metric == "nll" else " %"
+    seen, now = amount(metric, first["search"]), spread(metric, first["values"])
+    yield (
+        f"Trial {first['trial']} had {seen}{unit} in the search, for which it was picked; trained "
+        f"again with {found['seeds']} fresh seeds{images}, {now}{unit}."
+    )
+    if found["rivals"]:
+        names = ", ".join(map(str, found["rivals"]))
+        yield f"The seeds do not tell it from trial{'s' * (len(found['rivals']) > 1)} {names}."

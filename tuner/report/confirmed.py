@@ -1,0 +1,119 @@
+"""The confirm rung in a report: the best recipes again, with fresh seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import plotly.graph_objects as go
+
+from tuner.confirm import ROLE_NAMES
+from tuner.report.data import ConfirmedData, ConfirmedRecipe, Repeated
+from tuner.report.drawing import BLUE, GREY, ORANGE, add_points, axis_title, new_figure, scaled
+from tuner.report.markup import Html, element, plot, table
+from tuner.report.words import amount, count, difference, in_figure, label, p_value
+
+HEADS = ("recipe", "in the search", "with fresh seeds", "to plain cross-entropy", "p-value", "test")
+
+
+def confirmed(found: ConfirmedData | None) -> Iterator[Html]:
+    """The section of a study whose confirm rung is over; nothing for others."""
+    if found is None:
+        return
+    yield element("h2", "Confirmed")
+    yield element("p", shrinkage(found))
+    images = " and on other validation images" if found.other_images else ""
+    yield table(
+        f"{label(found.metric).capitalize()}: what each recipe was picked for, and mean ± standard "
+        f"deviation with {found.seeds} fresh seeds{images}. The best recipe is chosen by all of "
+        "these; plain cross-entropy and the best one are then looked at on the test part.",
+        HEADS,
+        [_row(found, recipe) for recipe in found.recipes],
+    )
+    hint = "Each point is one training; how far the points fall below the mark is what luck gave."
+    yield plot("confirmed", confirmed_figure(found), hint)
+
+
+def shrinkage(found: ConfirmedData) -> str:
+    """How the best recipe fared without the luck it was picked for, and who it is not told from."""
+    first, metric = found.recipes[0], found.metric
+    images = " and validation images it was not chosen by" if found.other_images else ""
+    seen = amount(metric, first.search)
+    text = (
+        f"Trial {first.trial} had a {label(metric)} of {seen} in the search. "
+        f"With fresh seeds{images} the same recipe has {spread(metric, first.fresh)}."
+    )
+    if not found.rivals:
+        return f"{text} These trainings tell it from every other recipe here."
+    names = ", ".join(map(str, found.rivals))
+    noun = "trial" if len(found.rivals) == 1 else "trials"
+    return f"{text} These trainings do not tell it from {noun} {names}."
+
+
+def spread(metric: str, found: Repeated) -> str:
+    """Mean and standard deviation over seeds."""
+    lost = f", {found.failed} failed" if found.failed else ""
+    if found.mean is None:
+        return f"–{lost}"
+    deviation = "" if found.deviation is None else f" ± {amount(metric, found.deviation)}"
+    return f"{amount(metric, found.mean)}{deviation}{lost}"
+
+
+def name_of(recipe: ConfirmedRecipe) -> str:
+    """A recipe's trial and what it is."""
+    what = ROLE_NAMES.get(recipe.role, f"{recipe.loss}, {recipe.sampler}")
+    return f"{recipe.trial}: {what}"
+
+
+def _row(found: ConfirmedData, recipe: ConfirmedRecipe) -> list[object]:
+    metric, told = found.metric, recipe.to_plain
+    floor = "" if recipe.keeps_floor else " (breaks the floor)"
+    beside = "" if told is None else difference(metric, told, "validation")
+    return [
+        f"{name_of(recipe)}{floor}",
+        amount(metric, recipe.search),
+        _number(spread(metric, recipe.fresh)),
+        element("span", beside, class_=None if told is None else told.outcome),
+        _number(p_value(told)),
+        "" if recipe.test is None else _number(spread(metric, recipe.test)),
+    ]
+
+
+def _number(text: str) -> Html:
+    return element("span", text, class_="number") if text else Html("")
+
+
+def confirmed_figure(data: ConfirmedData) -> go.Figure:
+    """A line per recipe: its value in the search, and that of every fresh training."""
+    figure = new_figure(_title(data), axis_title(data.metric), "")
+    order = [in_figure(name_of(recipe)) for recipe in data.recipes]
+    rows = list(zip(order, data.recipes, strict=True))
+    _add(figure, data, "fresh seeds", [(n, v) for n, r in rows for v in r.fresh.values], BLUE)
+    tested = [(n, v) for n, r in rows if r.test is not None for v in r.test.values]
+    if tested:
+        _add(figure, data, "fresh seeds, test part", tested, ORANGE, "diamond-open")
+    _add(figure, data, "in the search", [(n, r.search) for n, r in rows], GREY, "line-ns-open")
+    figure.data[-1].marker.update(size=22, line={"width": 2})
+    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
+    figure.update_layout(height=max(300, 180 + 34 * len(order)))
+    return figure
+
+
+def _add(
+    figure: go.Figure,
+    data: ConfirmedData,
+    name: str,
+    points: Sequence[tuple[str, float]],
+    colour: str,
+    symbol: str = "circle",
+) -> None:
+    texts = [f"{row}<br>{name}: {amount(data.metric, value)}" for row, value in points]
+    xs = [scaled(data.metric, value) for _, value in points]
+    add_points(figure, name, xs, [row for row, _ in points], texts, colour, symbol)
+
+
+def _title(data: ConfirmedData) -> str:
+    first = data.recipes[0]
+    return (
+        f"{count(data.seeds, 'fresh seed')}: trial {first.trial} has "
+        f"{spread(data.metric, first.fresh)}, {amount(data.metric, first.search)} in the search"
+    )
