@@ -96,7 +96,7 @@ def test_the_budget_is_the_last_rungs_and_the_baseline_is_beside_it_where_that_i
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        (ladder("full", "head"), "from the cheapest up: head, deferred, full"),
+        (ladder("full", "head"), "in this order: head, deferred, full, confirm"),
         (ladder("head", "head"), "once each"),
         (ladder("head", "full", head={"trails": 3}), "ladder.head.trails: unknown key"),
         (ladder("head", "full", head={"trials": 0}), "ladder.head.trials = 0: must be at least 1"),

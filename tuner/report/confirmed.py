@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import plotly.graph_objects as go
 
 from tuner.confirm import ROLE_NAMES
-from tuner.report.data import ConfirmedData, ConfirmedRecipe, Repeated
+from tuner.report.data import ConfirmedData, ConfirmedRecipe, Difference, Repeated
 from tuner.report.drawing import BLUE, GREY, ORANGE, add_points, axis_title, new_figure, scaled
 from tuner.report.markup import Html, element, plot, table
-from tuner.report.words import amount, count, difference, in_figure, label, p_value
+from tuner.report.words import amount, count, in_figure, label, p_value, size
 
 HEADS = ("recipe", "in the search", "with fresh seeds", "to plain cross-entropy", "p-value", "test")
 
@@ -67,7 +67,7 @@ def name_of(recipe: ConfirmedRecipe) -> str:
 def _row(found: ConfirmedData, recipe: ConfirmedRecipe) -> list[object]:
     metric, told = found.metric, recipe.to_plain
     floor = "" if recipe.keeps_floor else " (breaks the floor)"
-    beside = "" if told is None else difference(metric, told, "validation")
+    beside = "" if told is None else _gain(metric, told)
     return [
         f"{name_of(recipe)}{floor}",
         amount(metric, recipe.search),
@@ -76,6 +76,13 @@ def _row(found: ConfirmedData, recipe: ConfirmedRecipe) -> list[object]:
         _number(p_value(told)),
         "" if recipe.test is None else _number(spread(metric, recipe.test)),
     ]
+
+
+def _gain(metric: str, told: Difference) -> str:
+    """A difference with its interval."""
+    plus = "+" if told.estimate > 0 else ""
+    interval = f"{size(metric, told.low).removesuffix(' points')} to {size(metric, told.high)}"
+    return f"{plus}{size(metric, told.estimate)} ({interval})"
 
 
 def _number(text: str) -> Html:

@@ -1,0 +1,320 @@
+"""The confirm rung: the best recipes again, with fresh seeds, other images, and no luck kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from climbers import CLIMBING, climb_to_the_top, end_next, merit
+from conftest import MakeFile, MakeSession
+from fleet import lease
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner import artifacts, confirmation, verdict
+from tuner.card import model_card
+from tuner.confirm import against, confirm_lines, contenders, is_decided, standings, winner
+from tuner.datasets import Data, fold
+from tuner.errors import StudyFileError
+from tuner.export import collect_metrics
+from tuner.ladder import rung_of
+from tuner.rungs.attempt import Attempt
+from tuner.session import Session
+from tuner.tickets import fill_queue, ladder_state, retry_failed
+from tuner.trained import trained_lane
+from tuner.trainer import epochs
+from tuner.worker import work
+
+CONFIRM: dict[str, Any] = {
+    "rungs": ["full", "confirm"],
+    "confirm": {"recipes": 3, "seeds": 2},
+}
+SEARCH: dict[str, Any] = {**CLIMBING, "ladder": CONFIRM, "budget": {"trials": 8, "epochs": 3}}
+Value = Callable[[Attempt], float]
+
+
+def of_rung(session: Session) -> list[FrozenTrial]:
+    return [trial for trial in session.trials() if rung_of(trial) == "confirm"]
+
+
+def lucky(attempt: Attempt) -> float:
+    """The search's best was luck: with fresh seeds its recipe is worse than all others."""
+    if rung_of(attempt) == "full":
+        return attempt.number / 10
+    return 0.0 if attempt.user_attrs["confirms"] == 7 else 0.6
+
+
+def test_recipes_wait_until_the_search_is_over(make_session: MakeSession, digits: Data) -> None:
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        assert not of_rung(session)
+        assert not is_decided(session)
+        end_next(session, digits, merit)
+    fill_queue(session)
+    assert len(of_rung(session)) == 2 * len(contenders(session)) == 8
+
+
+def test_best_recipes_and_plain_cross_entropy_are_trained_once_per_seed(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, merit)
+    roles = contenders(session)
+    pairs = Counter((t.user_attrs["confirms"], t.user_attrs["fold"]) for t in of_rung(session))
+    assert pairs == {(number, index): 1 for number in roles for index in (0, 1)}
+    ranked = [t.number for t in session.ranked(session.trials(TrialState.COMPLETE))]
+    others = [n for n in ranked if roles.get(n) in (None, "recipe")]
+    assert [n for n in others if n in roles] == others[:3]
+    assert roles[0] == "plain"
+
+
+def test_the_best_tuned_plain_cross_entropy_is_beside_them(
+    make_session: MakeSession, digits: Data
+) -> None:
+    space = {**CLIMBING["space"], "loss": {"cross_entropy": {}}, "sampler": {"natural": {}}}
+    session = make_session(**SEARCH | {"space": space})
+    climb_to_the_top(session, digits, lambda attempt: attempt.number / 10)
+    assert contenders(session) == {0: "plain", 7: "tuned", 6: "recipe", 5: "recipe", 4: "recipe"}
+
+
+def test_seeds_are_fresh_and_shared_and_nothing_else_of_a_recipe_changes(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    trials = climb_to_the_top(session, digits, merit)
+    seeds: dict[int, set[int]] = {0: set(), 1: set()}
+    for trial in of_rung(session):
+        recipe = dict(trial.user_attrs["recipe"])
+        origin = dict(trials[trial.user_attrs["confirms"]].user_attrs["recipe"])
+        seeds[trial.user_attrs["fold"]].add(recipe.pop("seed"))
+        assert origin.pop("seed") not in seeds[trial.user_attrs["fold"]]
+        assert recipe == origin
+    assert [len(found) for found in seeds.values()] == [1, 1]
+    assert seeds[0] != seeds[1]
+
+
+def test_optunas_best_trial_stays_one_of_the_search(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, lambda a: 1.0 if rung_of(a) == "confirm" else merit(a))
+    assert {t.state for t in of_rung(session)} == {TrialState.PRUNED}
+    assert rung_of(session.study.best_trial) == "full"
+
+
+def test_recipe_that_was_lucky_in_the_search_is_not_the_answer(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, lucky)
+    found, best = session.best_found(), session.best()
+    assert found is not None
+    assert best is not None
+    assert (found.number, best.number) == (7, 6)
+    assert standings(session)[0].objective() == {0: 0.6, 1: 0.6}
+
+
+def test_the_answer_is_that_of_the_search_until_the_rung_is_over(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    for _ in range(8 + 7):
+        end_next(session, digits, lucky)
+        assert winner(session) is None
+    assert confirm_lines(session) == ["confirm 7 of 8 trials"]
+    end_next(session, digits, lucky)
+    assert [t.number for t in (session.best(), winner(session)) if t is not None] == [6, 6]
+    assert confirm_lines(session) == [
+        "confirm 8 of 8 trials",
+        "trial 6: 0.6000 ± 0.0000 with 2 fresh seeds, 0.6000 in the search",
+    ]
+
+
+def test_recipe_that_fails_with_a_seed_is_not_the_answer(
+    make_session: MakeSession, digits: Data
+) -> None:
+    def failing(attempt: Attempt) -> float:
+        if attempt.user_attrs.get("confirms") == 7 and attempt.user_attrs["fold"] == 1:
+            raise FloatingPointError
+        return attempt.number / 10 if rung_of(attempt) == "full" else 0.9
+
+    session = make_session(**SEARCH)
+    for _ in range(8 + 8):
+        try:
+            end_next(session, digits, failing)
+        except FloatingPointError:
+            [lost] = [t for t in of_rung(session) if t.state == TrialState.RUNNING]
+            held = session.fenced.held[lost._trial_id]
+            session.fenced.set_trial_user_attr(lost._trial_id, "reason", "not_finite")
+            session.fenced.finish(held.lease.trial_id, TrialState.PRUNED, None, end="pruned")
+    assert is_decided(session)
+    best = winner(session)
+    assert best is not None
+    assert best.number == 6
+    assert standings(session)[-1].trial.number == 7, "without all seeds it comes last"
+
+
+def test_failed_training_that_is_retried_counts_for_its_seed(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        end_next(session, digits, lucky)
+    held = lease(session)
+    assert held is not None
+    session.fenced.take(held)
+    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    lost = of_rung(session)[0]
+    while end_next(session, digits, lucky) is not None:
+        pass
+    origin = lost.user_attrs["confirms"]
+    assert [sorted(s.runs) for s in standings(session) if s.trial.number == origin] == [[1]]
+    assert retry_failed(session) == [lost.number]
+    end_next(session, digits, lucky)
+    assert all(sorted(s.runs) == [0, 1] for s in standings(session))
+
+
+def test_floor_is_that_of_plain_cross_entropy_with_the_same_seed(
+    make_session: MakeSession, digits: Data
+) -> None:
+    floor = {"objective": {"metric": "tail_accuracy", "floor": {"metric": "accuracy", "drop": 0.1}}}
+    session = make_session(**SEARCH | floor)
+    for _ in range(8):
+        end_next(session, digits, lambda a: a.number / 10)
+    fill_queue(session)
+    # With fresh seeds everything has 0.5, plain cross-entropy too: nothing breaks the floor.
+    while end_next(session, digits, lucky, overall=0.5) is not None:
+        pass
+    best = session.best()
+    assert best is not None
+    assert best.number == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ladder": {"rungs": ["confirm"]}}, "name full before it"),
+        ({"ladder": {"rungs": ["head", "confirm"]}}, "name full before it"),
+        ({"ladder": {"rungs": ["confirm", "full"]}}, "in this order"),
+        ({"ladder": CONFIRM, "budget": {"trials": 5, "epochs": 2, "target": 0.9}}, "budget.target"),
+        ({"ladder": CONFIRM, "budget": {"trials": 5, "epochs": 2, "plateau": 9}}, "budget.plateau"),
+        ({"ladder": {**CONFIRM, "confirm": {"seeds": 1}}}, "confirm.seeds"),
+    ],
+)
+def test_rung_that_cannot_be_reached_is_refused(
+    make_file: MakeFile, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(StudyFileError, match=said):
+        make_file(**SEARCH | changes)
+
+
+@pytest.mark.parametrize(
+    "search", [{"algorithm": "grid"}, {"algorithm": "random"}, {"algorithm": "tpe"}]
+)
+def test_every_algorithm_can_be_confirmed(
+    make_session: MakeSession, digits: Data, search: dict[str, Any]
+) -> None:
+    space = {"loss": {"cross_entropy": {}, "focal": {"gamma": [0.5, 1.0, 2.0]}}}
+    budget = {"epochs": 2} | ({} if search["algorithm"] == "grid" else {"trials": 5})
+    session = make_session(**SEARCH | {"search": search, "space": space, "budget": budget})
+    climb_to_the_top(session, digits, merit)
+    assert winner(session) is not None
+    assert ladder_state(session)[0].startswith("confirm ")
+
+
+@pytest.fixture
+def trained(make_session: MakeSession, digits: Data, sqlite: str) -> Session:
+    """A small study that was trained to its end, and confirmed."""
+    session = make_session(
+        budget={"trials": 4, "epochs": 3},
+        ladder={"rungs": ["full", "confirm"], "confirm": {"recipes": 2, "seeds": 2}},
+    )
+    work(session, digits)
+    assert is_decided(session)
+    return session
+
+
+def test_a_training_of_the_rung_is_that_of_its_recipe_on_other_validation_images(
+    trained: Session, digits: Data
+) -> None:
+    run = of_rung(trained)[-1]
+    stored = artifacts.load_validation(trained.trial_store(run.number))
+    assert stored is not None
+    data = fold(digits, run.user_attrs["fold"])
+    assert stored["targets"].equal(data.validation.targets)
+    recipe = trained_lane(trained, run, data, "cpu").recipe
+    *_, last = epochs(recipe, data)
+    assert last.logits.half().float().equal(stored["logits"])
+
+
+def test_verdict_shows_what_the_search_saw_and_what_fresh_seeds_give(
+    trained: Session, digits: Data
+) -> None:
+    found = verdict.decide(trained, digits)
+    assert found is not None
+    told, best = found["confirmed"], trained.best()
+    assert best is not None
+    assert (told["seeds"], told["other_images"], found["best"]) == (2, True, best.number)
+    by_number = {t.number: t for t in trained.trials()}
+    for row in told["recipes"]:
+        runs = {
+            t.user_attrs["fold"]: t
+            for t in of_rung(trained)
+            if t.user_attrs["confirms"] == row["trial"]
+        }
+        assert row["values"] == [runs[0].values[0], runs[1].values[0]]
+        assert row["search"] == by_number[row["trial"]].values[0]
+    assert told["recipes"][0]["trial"] == best.number
+
+
+def test_test_part_is_looked_at_for_the_answer_and_plain_cross_entropy_alone(
+    trained: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+
+    def seen(session: Session, trial: FrozenTrial, data: Data, device: str) -> Any:
+        looked.append(trial.user_attrs["confirms"])
+        return trained_lane(session, trial, data, device)
+
+    monkeypatch.setattr(confirmation, "trained_lane", seen)
+    found = verdict.decide(trained, digits)
+    assert found is not None
+    roles = {row["trial"]: row["role"] for row in found["confirmed"]["recipes"]}
+    wanted = {n for n, role in roles.items() if role != "recipe"} | {found["best"]}
+    assert Counter(looked) == dict.fromkeys(wanted, 2)
+    assert {each["trial"] for each in found["confirmed"]["test"]} == wanted
+
+
+def test_weights_of_what_is_not_the_answer_are_dropped_with_the_verdict(
+    trained: Session, digits: Data
+) -> None:
+    def kept() -> set[int]:
+        keys = trained.store.keys("trial-")
+        return {int(k[6:11]) for k in keys if k.endswith(artifacts.WEIGHTS)}
+
+    before = kept()
+    assert {t.number for t in of_rung(trained)} <= before
+    found = verdict.decide(trained, digits)
+    assert found is not None
+    assert kept() == {found["best"], found["baseline"]}
+
+
+def test_card_tells_the_spread_over_seeds_instead_of_that_there_was_one(
+    trained: Session, digits: Data
+) -> None:
+    found, best = verdict.decide(trained, digits), trained.best()
+    assert best is not None
+    metrics = collect_metrics(trained, best, best.user_attrs, digits, found)
+    card = model_card(trained, best, digits, metrics)
+    assert "## tail_accuracy with 2 fresh seeds and other validation images" in card
+    assert "One training with one seed" not in card
+
+
+def test_differences_to_plain_cross_entropy_are_paired_by_seed(trained: Session) -> None:
+    first, *others = standings(trained)
+    other = others[-1]
+    found = against(trained, first, other, names=["balanced_accuracy"])["balanced_accuracy"]
+    a, b = (each.metric("balanced_accuracy", adjusted=True) for each in (first, other))
+    assert found.estimate == pytest.approx(sum(a[i] - b[i] for i in (0, 1)) / 2)
+    assert found.interval.low <= found.estimate <= found.interval.high
