@@ -16,8 +16,8 @@ from tuner import artifacts, confirmation, verdict
 from tuner.card import model_card
 from tuner.confirm import against, confirm_lines, contenders, is_decided, standings, winner
 from tuner.datasets import Data, fold
-from tuner.errors import StudyFileError
-from tuner.export import collect_metrics
+from tuner.errors import StorageError, StudyFileError
+from tuner.export import collect_metrics, find_trial
 from tuner.ladder import rung_of
 from tuner.rungs.attempt import Attempt
 from tuner.session import Session
@@ -243,9 +243,27 @@ def test_a_training_of_the_rung_is_that_of_its_recipe_on_other_validation_images
     assert stored is not None
     data = fold(digits, run.user_attrs["fold"])
     assert stored["targets"].equal(data.validation.targets)
-    recipe = trained_lane(trained, run, data, "cpu").recipe
-    *_, last = epochs(recipe, data)
+    lane = trained_lane(trained, run, digits, "cpu")
+    assert lane.logits(data.validation.images).half().float().equal(stored["logits"])
+    *_, last = epochs(lane.recipe, data)
     assert last.logits.half().float().equal(stored["logits"])
+
+
+def test_lost_weights_of_a_training_are_made_again_on_its_own_images(
+    trained: Session, digits: Data
+) -> None:
+    run = of_rung(trained)[-1]
+    before = trained_lane(trained, run, digits, "cpu").logits(digits.validation.images)
+    trained.trial_store(run.number).remove(artifacts.WEIGHTS)
+    again = trained_lane(trained, run, digits, "cpu").logits(digits.validation.images)
+    assert again.equal(before)
+
+
+def test_what_is_exported_is_the_recipe_and_not_one_of_its_trainings(trained: Session) -> None:
+    run = of_rung(trained)[0]
+    origin = run.user_attrs["confirms"]
+    with pytest.raises(StorageError, match=f"--trial {origin}"):
+        find_trial(trained, run.number)
 
 
 def test_verdict_shows_what_the_search_saw_and_what_fresh_seeds_give(

@@ -14,7 +14,7 @@ from conftest import MakeSession
 
 from tuner.datasets import Data
 from tuner.export import export
-from tuner.ladder import RUNGS, DeferredRung, HeadRung, Ladder
+from tuner.ladder import RUNGS, ConfirmRung, DeferredRung, HeadRung, Ladder
 from tuner.space import default_of
 from tuner.study import load
 from tuner.worker import work
@@ -59,10 +59,11 @@ def test_ladder_of_the_readme_names_every_key_with_its_default() -> None:
     tables: dict[type[Any], Any] = {
         HeadRung: shown.pop("head"),
         DeferredRung: shown.pop("deferred"),
+        ConfirmRung: shown.pop("confirm"),
         Ladder: shown,
     }
     for cls, keys in tables.items():
-        names = {field.name for field in fields(cls)} - {"rungs", "head", "deferred"}
+        names = {field.name for field in fields(cls)} - {"rungs", *RUNGS}
         assert keys == {name: default_of(cls, name) for name in names}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuner.confirm import Standing, against, is_decided, mean_breach, standings
-from tuner.datasets import Data, fold
+from tuner.datasets import Data
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import METRICS, evaluate
 from tuner.session import Session
@@ -114,8 +114,8 @@ def _by_seed(
     """Metrics of a recipe's models on the test part, each adjusted with its own τ."""
     assert data.test is not None
     targets, found = data.test.targets.cpu(), []
-    for index, run in sorted(each.runs.items()):
-        lane = trained_lane(session, run, fold(data, index), device)
+    for _, run in sorted(each.runs.items()):
+        lane = trained_lane(session, run, data, device)
         tau = run.user_attrs["tau"] if session.file.objective.adjusted else 0.0
         logits = adjusted_logits(lane.logits(data.test.images), data.class_counts, tau)
         found.append(evaluate(logits, targets, data.groups))

@@ -63,7 +63,7 @@ def find_trial(session: Session, number: int | None) -> FrozenTrial:
     """The trial of that number, trained to the end of its rung, or the best one for None.
 
     Raises:
-        StorageError: There is none; the text says which there are.
+        StorageError: There is none, or it is one of the confirm rung; the text says what there is.
     """
     if number is None:
         best = session.best()
@@ -71,6 +71,12 @@ def find_trial(session: Session, number: int | None) -> FrozenTrial:
             raise StorageError(f"study {session.file.name!r} has no complete trial yet")
         return best
     judged = {t.number: t for t in session.trials() if is_judged(t)}
+    again = judged[number].user_attrs.get("confirms") if number in judged else None
+    if again is not None:
+        raise StorageError(
+            f"trial {number} trains the recipe of trial {again} again, on other images; "
+            f"export that one: --trial {again}"
+        )
     if number not in judged:
         complete = [n for n, t in judged.items() if t.state == TrialState.COMPLETE]
         known = ", ".join(map(str, sorted(complete)[:20])) or "none yet"

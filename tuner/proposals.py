@@ -32,7 +32,9 @@ def proposing(session: Session, rung: Rung, number: int) -> Study:
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
     if rung != "head":
         forget(session, rung)
-    if rung != "head" or name != "tpe":
+    if rung == "confirm":  # Nothing is left open there.
+        study.sampler = algorithm("random", seed)
+    elif rung != "head" or name != "tpe":
         study.sampler = algorithm(name, seed)
     elif number % BLIND == 0:
         study.sampler = algorithm("random", seed)
@@ -107,7 +109,7 @@ def _prior(session: Session, rung: Rung) -> list[FrozenTrial]:
     to be trusted there is no prior.
     """
     below = session.file.ladder.below(rung)
-    if below is None or not session.file.ladder.prior:
+    if below is None or rung == "confirm" or not session.file.ladder.prior:
         return []
     found = compared(session, below, rung)
     if found.correlation is None or found.is_low(session.file.ladder.trust):

@@ -13,7 +13,8 @@ from optuna.trial import FrozenTrial
 from tuner import artifacts
 from tuner.augment import Augmenter
 from tuner.backends import cache_folder
-from tuner.datasets import Data
+from tuner.confirm import fold_of
+from tuner.datasets import Data, fold
 from tuner.errors import TunerError
 from tuner.heads import COHORT, Features, HeadResult, cached_features, train_heads
 from tuner.ladder import rung_of
@@ -37,8 +38,10 @@ def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) 
     """The trained model of a trial: from its stored weights, else trained again.
 
     Weights are kept for the best trial and the baseline; training again from the same recipe,
-    data and seed gives the same numbers.
+    data and seed gives the same numbers. A trial of the confirm rung has its own fold of ``data``.
     """
+    index = fold_of(trial)
+    data = data if index is None else fold(data, index)
     number = trial.user_attrs.get("duplicate_of", trial.number)
     recipe = stored_recipe(trial)
     store = session.trial_store(number)

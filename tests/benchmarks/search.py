@@ -2,9 +2,9 @@
 
 The ordinary search is Optuna with TPE and the median pruner over the usual training loop, in one
 process with torch's defaults, and tuned: a process with one thread for each core. Tuner climbs a
-ladder, head and full, with a worker for each core. All choose by the same metric of the validation
-part, as the logits are and with no floor. Every recipe that was the best for a while is confirmed:
-trained with fresh seeds and judged on the test part, which takes no side's time. What is to be
+ladder, head, full and confirm, with a worker for each core. All choose by the same metric of the
+validation part, as the logits are and with no floor. Every recipe that was the best for a while is
+trained again here with fresh seeds and judged on the test part, which takes no side's time. What is to be
 reached is what the ordinary search's last choice has there. Without a floor the tail can be bought
 with everything else, by both sides alike: the other accuracies show it, and
 ``--metric balanced_accuracy`` asks for what cannot be bought. Loading data and the first imports
@@ -83,7 +83,11 @@ def study(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         },
         "objective": {"metric": options.metric, "adjusted": False, "floor": False},
         "budget": {"trials": options.full, "epochs": options.epochs},
-        "ladder": {"rungs": ["head", "full"], "head": {"trials": options.head}},
+        "ladder": {
+            "rungs": ["head", "full"] + ["confirm"] * (options.recipes > 0),
+            "head": {"trials": options.head},
+            "confirm": {"recipes": options.recipes or 1, "seeds": options.again},
+        },
         "search": {"algorithm": "tpe", "pruner": "tail_accuracy", "seed": seed},
         "model": MODELS[options.model],
         "training": {"batch_size": BATCH},
@@ -142,18 +146,23 @@ def tuner(setting: Setting, data: Data) -> Found:
         best = session.ranked(t for t in complete if ended[t.number] <= moment)[0]
         if not points or points[-1]["trial"] != best.number:
             points.append(_point(file, best, moment - began))
+    again = [ended[t.number] for t in session.trials() if rung_of(t) == "confirm"]
+    answer = session.best()
+    if again and answer is not None:
+        points.append(_point(file, answer, max(again) - began))
     return _found(setting, ended, began, points, _phases(session, ended, began))
 
 
 def _phases(session: Session, ended: Moments, began: float) -> str:
-    by_rung: dict[str, list[float]] = {"head": [], "full": []}
+    by_rung: dict[str, list[float]] = {"head": [], "full": [], "confirm": []}
     for trial in session.trials():
         if trial.number in ended:
             by_rung[rung_of(trial)].append(ended[trial.number] - began)
     head, full = by_rung["head"] or [math.nan], by_rung["full"]
     return (
-        f"{len(by_rung['head'])} trials of the head rung and {len(full)} of the full one; baseline "
-        f"after {min(full):.1f} s, head rung over after {max(head):.1f} s"
+        f"{len(by_rung['head'])} trials of the head rung, {len(full)} of the full one and "
+        f"{len(by_rung['confirm'])} to confirm; baseline after {min(full):.1f} s, head rung over "
+        f"after {max(head):.1f} s, full rung after {max(full):.1f} s"
     )
 
 
@@ -243,6 +252,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", default=["ordinary", "tuned"])
     parser.add_argument("--head", type=int, default=1000, help="trials of Tuner's head rung")
     parser.add_argument("--full", type=int, default=40, help="trials of Tuner's full rung")
+    parser.add_argument("--recipes", type=int, default=5, help="that Tuner confirms, 0 for none")
+    parser.add_argument("--again", type=int, default=4, help="seeds that Tuner confirms them with")
     parser.add_argument("--searches", type=int, default=3, help="of Tuner, with seeds of their own")
     parser.add_argument("--seeds", type=int, default=3, help="to confirm a recipe")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))

@@ -73,8 +73,8 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
     unit = "" if metric == "nll" else " %"
     seen, now = amount(metric, first["search"]), spread(metric, first["values"])
     yield (
-        f"Trial {first['trial']} had {seen}{unit} in the search, for which it was picked; trained "
-        f"again with {found['seeds']} fresh seeds{images}, {now}{unit}."
+        f"Trial {first['trial']} had {seen}{unit} in the search; trained again with "
+        f"{found['seeds']} fresh seeds{images} it has {now}{unit}."
     )
     if found["rivals"]:
         names = ", ".join(map(str, found["rivals"]))
