@@ -4,9 +4,9 @@ The ordinary search is Optuna with TPE and the median pruner over the usual trai
 process with torch's defaults, and tuned: a process with one thread for each core. Tuner climbs a
 ladder, head, full and confirm, with a worker for each core. All choose by the same metric of the
 validation part, as the logits are and with no floor. Every recipe that was the best for a while is
-trained again here with fresh seeds and judged on the test part, which takes no side's time. What is to be
-reached is what the ordinary search's last choice has there. Without a floor the tail can be bought
-with everything else, by both sides alike: the other accuracies show it, and
+trained again here with fresh seeds and judged on the test part, which takes no side's time. What
+is to be reached is what the ordinary search's last choice has there. Without a floor the tail can
+be bought with everything else, by both sides alike: the other accuracies show it, and
 ``--metric balanced_accuracy`` asks for what cannot be bought. Loading data and the first imports
 count for nobody; making the study, probes, the baseline and features do.
 
