@@ -1,11 +1,12 @@
-"""Does the head rung rank recipes as full training does? 28 recipes, several seeds.
+"""Do the cheap rungs rank recipes as full training does? 28 recipes, several seeds.
 
-Every recipe is trained in full, and its classifier alone on the features of the plain
-cross-entropy network of the same seed. Both are scored on the test part, which is large, so that
-little of what is seen is the noise of the scores; and the head rung by its validation score too,
-which is all that a study has. Printed for every score: Spearman's correlation per seed, and the
-regret of the head rung's best three, in points: what the best of them in full training is behind
-the best of all. ``--data`` is a folder of images with ``train`` and ``test``.
+Every recipe is trained in full, its classifier alone on the features of the plain cross-entropy
+network of the same seed, and from a shared checkpoint at 80 % of plain training on. All are scored
+on the test part, which is large, so that little of what is seen is the noise of the scores; and the
+cheap rungs by their validation scores too, which is all that a study has. Printed for every score:
+Spearman's correlation per seed, and the regret of a rung's best three, in points: what the best of
+them in full training is behind the best of all. ``--data`` is a folder of images with ``train`` and
+``test``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -24,16 +26,19 @@ from typing import Any
 
 import torch
 
+from tuner.checkpoint import Snapshot
 from tuner.datasets import Data
-from tuner.evaluation import adjusted_logits, assess_validation
+from tuner.evaluation import Assessment, adjusted_logits, assess_validation
 from tuner.heads import HeadTraining, cached_features, train_heads
 from tuner.lane import Lane
 from tuner.metrics import evaluate
 from tuner.models import Classifier
-from tuner.recipe import Recipe
+from tuner.recipe import PARTS, Recipe
+from tuner.samplers import SAMPLERS
 from tuner.statistics import rank_correlation
 from tuner.trainer import epochs
 
+SWITCH = 0.8
 SCORES = ("balanced_accuracy", "tail_accuracy")
 Scores = dict[str, float]
 
@@ -124,6 +129,46 @@ def in_full(task: tuple[Recipe, Path]) -> Scores:
     return scores(lane.logits(data.test.images), assessment.tau, data)
 
 
+@cache
+def stage_one(seed: int, text: str) -> Snapshot:
+    """The state of a deferred training at its switch; each process trains it once per seed."""
+    recipe = Recipe.from_dict(json.loads(text))
+    for result in epochs(recipe, load(recipe)):
+        if result.epoch + 1 == recipe.switch_epoch():
+            return result.snapshot()
+    raise AssertionError(f"seed {seed}: the switch is before the end")
+
+
+def branched(recipe: Recipe) -> tuple[Scores, Scores]:
+    """Scores of a recipe that acts from the switch on: on test, and on validation."""
+    torch.set_num_threads(1)
+    training = PARTS["training"]["deferred"](
+        batch_size=recipe.training.batch_size, precision=recipe.training.precision, switch=SWITCH
+    )
+    recipe = replace(recipe, training=training)
+    plain = replace(recipe, loss=PARTS["loss"]["cross_entropy"](), sampler=SAMPLERS["natural"]())
+    data, resume = load(recipe), None
+    if plain.stage_one_key() == recipe.stage_one_key():
+        resume = stage_one(recipe.seed, json.dumps(plain.to_dict()))
+    lane = None
+    for result in epochs(recipe, data, resume=resume):
+        lane = result.lane
+    assert lane is not None
+    assert data.test is not None
+    assessment = assess_validation(lane.logits(data.validation.images), data, recipe)
+    test = scores(lane.logits(data.test.images), assessment.tau, data)
+    return test, of_validation(assessment)
+
+
+def of_validation(assessment: Assessment) -> Scores:
+    """The scores that a study sees."""
+    return {
+        f"{kind} {name}": metrics[name] or 0.0
+        for kind, metrics in (("raw", assessment.raw), ("adjusted", assessment.adjusted))
+        for name in SCORES
+    }
+
+
 def by_heads(found: list[Recipe], weights: Path, folder: Path) -> list[tuple[Scores, Scores]]:
     """Scores of every recipe's classifier on the plain network: on test, and on validation."""
     data = load(found[0])
@@ -142,13 +187,8 @@ def by_heads(found: list[Recipe], weights: Path, folder: Path) -> list[tuple[Sco
     answers: dict[int, tuple[Scores, Scores]] = {}
     for index, result in train_heads(found, features, data, settings):
         assessment = assess_validation(result.logits, data, found[index])
-        own = {
-            f"{kind} {name}": metrics[name] or 0.0
-            for kind, metrics in (("raw", assessment.raw), ("adjusted", assessment.adjusted))
-            for name in SCORES
-        }
         logits = _test_logits(found[index], lane.model, result, data)
-        answers[index] = (scores(logits, assessment.tau, data), own)
+        answers[index] = (scores(logits, assessment.tau, data), of_validation(assessment))
     return [answers[index] for index in range(len(found))]
 
 
@@ -168,16 +208,16 @@ def regret(lower: list[float], upper: list[float], top: int = 3) -> float:
 
 
 def rows(
-    full: list[Scores], heads: list[tuple[Scores, Scores]]
+    rung: str, full: list[Scores], cheap: list[tuple[Scores, Scores]]
 ) -> Iterator[tuple[str, float, float]]:
     """Correlation and regret by score."""
     for name in full[0]:
         upper = [each[name] for each in full]
         for part, place in (("test", 0), ("validation", 1)):
-            lower = [pair[place][name] for pair in heads]
+            lower = [pair[place][name] for pair in cheap]
             correlation = rank_correlation(list(zip(lower, upper, strict=True)))
             assert correlation is not None
-            yield f"{name}, head rung scored on {part}", correlation[0], regret(lower, upper)
+            yield f"{name}, {rung} rung scored on {part}", correlation[0], regret(lower, upper)
 
 
 def main() -> None:
@@ -203,9 +243,11 @@ def main() -> None:
             all_of_them = recipes(given, seed)
             full = pool.map(in_full, [(r, weights) for r in all_of_them], chunksize=1)
             heads = by_heads(all_of_them, weights, folder)
-            kept.append({"full": full, "heads": heads})
-            for label, correlation, lost in rows(full, heads):
-                found.setdefault(label, []).append((correlation, lost))
+            late = pool.map(branched, all_of_them, chunksize=1)
+            kept.append({"full": full, "heads": heads, "deferred": late})
+            for rung, cheap in (("head", heads), ("deferred", late)):
+                for label, correlation, lost in rows(rung, full, cheap):
+                    found.setdefault(label, []).append((correlation, lost))
     if given.keep:
         given.keep.write_text(json.dumps(kept))
     print(f"{date.today()}, {given.model}, {given.epochs} epochs, {len(parts())} recipes")
