@@ -78,6 +78,17 @@ def test_the_best_tuned_plain_cross_entropy_is_beside_them(
     assert contenders(session) == {0: "plain", 7: "tuned", 6: "recipe", 5: "recipe", 4: "recipe"}
 
 
+def test_recipes_that_are_alike_are_confirmed_once(make_session: MakeSession, digits: Data) -> None:
+    space = {"loss": {"focal": {"gamma": [1.0, 2.0]}, "cross_entropy": {}, "balanced_softmax": {}}}
+    session = make_session(**SEARCH | {"space": space})
+    trials = climb_to_the_top(session, digits, lambda attempt: attempt.number / 10)
+    digests = [trials[number].user_attrs["digest"] for number in contenders(session)]
+    assert len(digests) == len(set(digests)) < 5
+    best = session.best_found()
+    assert best is not None
+    assert best.number in contenders(session)
+
+
 def test_seeds_are_fresh_and_shared_and_nothing_else_of_a_recipe_changes(
     make_session: MakeSession, digits: Data
 ) -> None:

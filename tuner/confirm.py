@@ -59,11 +59,11 @@ def contenders(session: Session) -> dict[int, Role]:
     They are plain cross-entropy, the best trial with its loss and sampler otherwise tuned, and
     the best of the other recipes.
     """
-    complete = session.ranked(session.trials(TrialState.COMPLETE))
-    distinct = list({t.user_attrs["digest"]: t for t in reversed(complete)}.values())[::-1]
-    baseline = session.baseline()
+    baseline, distinct = session.baseline(), dict[str, FrozenTrial]()
+    for trial in session.ranked(session.trials(TrialState.COMPLETE)):
+        distinct.setdefault(trial.user_attrs["digest"], trial)
     found: dict[int, Role] = {} if baseline is None else {baseline.number: "plain"}
-    others = [t for t in distinct if t.number not in found and not _copies(t, baseline)]
+    others = [t for t in distinct.values() if not _copies(t, baseline)]
     tuned = next(filter(_is_plain, others), None)
     if tuned is not None:
         found[tuned.number] = "tuned"

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.confirm import is_decided
+from tuner.confirm import contenders, is_decided
 from tuner.confirmation import confirmation
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
@@ -32,25 +32,21 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     if best is None or baseline is None:
         return None
     known: dict[str, Any] | None = session.study.user_attrs.get("verdict")
-    seeds = _seeds(session)
-    if known and _asked(known) == (best.number, baseline.number, seeds):
+    asked = (best.number, baseline.number, set(contenders(session) if is_decided(session) else ()))
+    if known and _asked(known) == asked:
         return known
     verdict = _compare(session, best, baseline, data, device)
-    verdict["confirmed"] = confirmation(session, data, COMPARED, device=device) if seeds else None
+    verdict["confirmed"] = confirmation(session, data, COMPARED, device=device)
     session.study.set_user_attr("verdict", verdict)
     # Only now are the models of the other recipes not needed any more.
     artifacts.keep_weights_only_of(session.store, {_source(best), _source(baseline)})
     return verdict
 
 
-def _asked(verdict: dict[str, Any]) -> tuple[int, int, int]:
-    """What a verdict is about: the trials, and with how many seeds they were confirmed."""
-    seeds = (verdict.get("confirmed") or {"seeds": 0})["seeds"]
-    return verdict["best"], verdict["baseline"], seeds
-
-
-def _seeds(session: Session) -> int:
-    return session.file.ladder.confirm.seeds if is_decided(session) else 0
+def _asked(verdict: dict[str, Any]) -> tuple[int, int, set[int]]:
+    """What a verdict is about: the two trials, and those that were confirmed."""
+    rows = (verdict.get("confirmed") or {"recipes": []})["recipes"]
+    return verdict["best"], verdict["baseline"], {row["trial"] for row in rows}
 
 
 def _source(trial: FrozenTrial) -> int:
