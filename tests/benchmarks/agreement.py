@@ -5,8 +5,8 @@ network of the same seed, and from a shared checkpoint at 80 % of plain training
 on the test part, which is large, so that little of what is seen is the noise of the scores; and the
 cheap rungs by their validation scores too, which is all that a study has. Printed for every score:
 Spearman's correlation per seed, and the regret of a rung's best three, in points: what the best of
-them in full training is behind the best of all. ``--data`` is a folder of images with ``train`` and
-``test``.
+them in full training is behind the best of all. A recipe that diverges has 0. ``--data`` is a
+folder of images with ``train`` and ``test``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 
 from tuner.checkpoint import Snapshot
 from tuner.datasets import Data
+from tuner.errors import NonFiniteError
 from tuner.evaluation import Assessment, adjusted_logits, assess_validation
 from tuner.heads import HeadTraining, cached_features, train_heads
 from tuner.lane import Lane
@@ -41,6 +42,7 @@ from tuner.trainer import epochs
 SWITCH = 0.8
 SCORES = ("balanced_accuracy", "tail_accuracy")
 Scores = dict[str, float]
+WORST = {f"{kind} {name}": 0.0 for kind in ("raw", "adjusted") for name in SCORES}
 
 
 def parts() -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -116,17 +118,26 @@ def load(recipe: Recipe) -> Data:
 def in_full(task: tuple[Recipe, Path]) -> Scores:
     """Train a recipe; its scores, and the first one's network."""
     recipe, keep = task
-    torch.set_num_threads(1)
-    data = load(recipe)
-    lane = None
-    for result in epochs(recipe, data):
-        lane = result.lane
-    assert lane is not None
+    data, lane = load(recipe), last_lane(recipe)
+    if lane is None:
+        return dict(WORST)
     assert data.test is not None
     assessment = assess_validation(lane.logits(data.validation.images), data, recipe)
     if recipe.loss.__class__.__name__ == "CrossEntropy" and recipe.sampler.is_natural(0.0):
         torch.save(lane.model.state_dict(), keep)
     return scores(lane.logits(data.test.images), assessment.tau, data)
+
+
+def last_lane(recipe: Recipe, resume: Snapshot | None = None) -> Lane | None:
+    """A trained recipe; None when it diverged."""
+    torch.set_num_threads(1)
+    lane = None
+    try:
+        for result in epochs(recipe, load(recipe), resume=resume):
+            lane = result.lane
+    except NonFiniteError:
+        return None
+    return lane
 
 
 @cache
@@ -141,7 +152,6 @@ def stage_one(seed: int, text: str) -> Snapshot:
 
 def branched(recipe: Recipe) -> tuple[Scores, Scores]:
     """Scores of a recipe that acts from the switch on: on test, and on validation."""
-    torch.set_num_threads(1)
     training = PARTS["training"]["deferred"](
         batch_size=recipe.training.batch_size, precision=recipe.training.precision, switch=SWITCH
     )
@@ -150,10 +160,9 @@ def branched(recipe: Recipe) -> tuple[Scores, Scores]:
     data, resume = load(recipe), None
     if plain.stage_one_key() == recipe.stage_one_key():
         resume = stage_one(recipe.seed, json.dumps(plain.to_dict()))
-    lane = None
-    for result in epochs(recipe, data, resume=resume):
-        lane = result.lane
-    assert lane is not None
+    lane = last_lane(recipe, resume)
+    if lane is None:
+        return dict(WORST), dict(WORST)
     assert data.test is not None
     assessment = assess_validation(lane.logits(data.validation.images), data, recipe)
     test = scores(lane.logits(data.test.images), assessment.tau, data)
