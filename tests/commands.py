@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,7 @@ class Command:
     ) -> None:
         self._process = forks.Process(target=_main, args=(arguments, log, folder, {**environment}))
         self._process.start()
+        atexit.register(self.kill)
         assert self._process.pid is not None
         self.pid = self._process.pid
 
