@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import sqlalchemy
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from ledgers import Ledgers, make_tables
 
 from tuner import session as sessions
@@ -63,6 +67,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _migrations_read_once() -> Iterator[None]:
+    """Alembic compiles all of Optuna's migrations whenever a storage is opened; once is enough."""
+    read, scripts = ScriptDirectory.from_config, dict[str | None, ScriptDirectory]()
+
+    def once(config: Config) -> ScriptDirectory:
+        where = config.get_main_option("script_location")
+        return scripts.get(where) or scripts.setdefault(where, read(config))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits() -> Data:
     """The bundled digits with a long tail, as in the shipped study."""
@@ -107,11 +125,26 @@ def sqlite(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/tuner.db"
 
 
+@pytest.fixture(scope="session")
+def only_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with all tables and nothing in them."""
+    folder = tmp_path_factory.mktemp("tables")
+    make_tables(f"sqlite:///{folder}/made.db")
+    with contextlib.closing(sqlite3.connect(folder / "made.db")) as made:
+        made.execute("VACUUM INTO ?", [f"{folder}/tuner.db"])
+    return folder / "tuner.db"
+
+
 @pytest.fixture
-def make_session(tmp_path: Path, sqlite: str, make_file: MakeFile, digits: Data) -> MakeSession:
+def make_session(
+    tmp_path: Path, sqlite: str, only_tables: Path, make_file: MakeFile, digits: Data
+) -> MakeSession:
     """Creates a study in the SQLite storage; arguments as ``make_file``."""
 
     def make(**sections: Any) -> Session:
+        file = Path(sqlite.removeprefix("sqlite:///"))
+        if not file.exists():
+            shutil.copyfile(only_tables, file)
         store = FolderStore(tmp_path / "artifacts")
         return sessions.create(make_file(**sections), sqlite, store, digits)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-LIBRARIES = ["optuna", "torch", "tuner.worker"]
+from commands import forks
 
 
 def _work(url: str, name: str, lease: str, folder: Path) -> None:
@@ -27,9 +26,7 @@ def workers(
     url: str, names: Sequence[str], folder: Path, *, lease: str = "60"
 ) -> Iterator[list[BaseProcess]]:
     """Workers on the study "tiny", one process for each name; none outlives the block."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    processes = [context.Process(target=_work, args=(url, name, lease, folder)) for name in names]
+    processes = [forks.Process(target=_work, args=(url, name, lease, folder)) for name in names]
     for process in processes:
         process.start()
     try:

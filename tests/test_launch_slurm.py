@@ -182,7 +182,8 @@ def test_jobs_without_slurm_share_the_budget(
         monkeypatch.setenv(name, "")
     here = sessions.create(make_file(), sqlite, FolderStore(tmp_path / "artifacts"), digits)
     place = Place.here("tiny", sqlite, None, str(tmp_path / "artifacts"))
-    numbers = submit(Array(2), place, tmp_path / "jobs", ["--device", "cpu"], local=True)
+    options = ["--device", "cpu", "--slots", "1"]
+    numbers = submit(Array(2), place, tmp_path / "jobs", options, local=True)
     results = [tmp_path / "jobs" / f"{number}_0_result.pkl" for number in numbers]
     log = tmp_path / "jobs" / f"{numbers[0]}_0_log.out"
     until(lambda: all(path.exists() for path in results), log)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 from conftest import MakeSession
 from optuna.trial import TrialState
 
@@ -54,13 +55,12 @@ class Machine:
 
     def __init__(self, folder: Path, url: str, *options: str, lease: float = LEASE) -> None:
         self.log = folder / "log.txt"
-        self.command = [sys.executable, "-m", "tuner", "worker", "tiny", "--device", "cpu"]
-        self.command += ["--artifacts", str(folder / "artifacts"), *options]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "TUNER_LEASE": f"{lease}", "TUNER_STORAGE": url},
-            )  # fmt: skip
+        self.log.touch()
+        self.process = Command(
+            "worker", "tiny", "--device", "cpu", "--artifacts", str(folder / "artifacts"), *options,
+            log=self.log, folder=folder,
+            environment={**os.environ, "TUNER_LEASE": f"{lease}", "TUNER_STORAGE": url},
+        )  # fmt: skip
 
     @property
     def text(self) -> str:
@@ -97,7 +97,7 @@ def machine(tmp_path: Path, sqlite: str) -> Iterator[Callable[..., Machine]]:
     for one in machines:
         if one.process.poll() is None:
             one.process.kill()
-            one.process.wait()
+            one.process.wait(PATIENCE)
 
 
 def states(session: Session) -> list[TrialState]:
@@ -204,7 +204,7 @@ def test_slots_leave_when_their_supervisor_is_killed(
     worker.wait_for("slot 0 · trial")
     slots = worker.slots()
     worker.process.kill()
-    worker.process.wait()
+    worker.process.wait(PATIENCE)
     until(lambda: all(process(pid) is None for pid in slots))
     assert states(session) == [TrialState.WAITING] * 3
     assert [a["end"] for a in session.ledger.attempts()] == ["preempted"]

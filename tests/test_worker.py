@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 from conftest import MakeSession
 from fleet import claim
 from optuna.trial import TrialState
@@ -61,15 +62,15 @@ class Run:
     def url(self) -> str:
         return f"sqlite:///{self.folder}/tuner.db"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        self.log.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tuner", "-v", "run", "long.toml", "--device", "cpu"]
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
-                [*command, "--storage", self.url], cwd=self.folder, stdout=log, stderr=log
-            )
+    @property
+    def arguments(self) -> list[str]:
+        return ["-v", "run", "long.toml", "--device", "cpu", "--storage", self.url]
 
-    def wait_for(self, text: str, process: subprocess.Popen[bytes]) -> None:
+    def start(self) -> Command:
+        self.log.write_text("")
+        return Command(*self.arguments, log=self.log, folder=self.folder)
+
+    def wait_for(self, text: str, process: Command) -> None:
         deadline = time.monotonic() + PATIENCE
         while text not in self.log.read_text():
             assert process.poll() is None, self.log.read_text()
@@ -89,8 +90,9 @@ class Run:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("undisturbed"))
-    process = run.start()
-    assert process.wait(PATIENCE) == 0, run.log.read_text()
+    command = [sys.executable, "-m", "tuner", *run.arguments]
+    with run.log.open("wb") as log:
+        subprocess.run(command, cwd=run.folder, stdout=log, stderr=log, check=True)
     return run
 
 
@@ -118,7 +120,7 @@ def test_killed_run_loses_no_trial_and_ends_the_same(undisturbed: Run, tmp_path:
     process = run.start()
     run.wait_for("trial 1 epoch 3 ", process)
     process.kill()
-    process.wait()
+    process.wait(PATIENCE)
     assert run.session().trials()[1].state == TrialState.RUNNING
 
     process = run.start()
@@ -176,25 +178,15 @@ def test_exported_recipe_trains_to_the_stored_metrics(undisturbed: Run) -> None:
 def test_two_workers_share_one_budget(
     make_session: MakeSession, sqlite: str, tmp_path: Path
 ) -> None:
-    session = make_session(budget={"trials": 12, "epochs": 8}, search={"pruner": "none"})
-    command = [sys.executable, "-m", "tuner", "worker", "tiny", "--storage", sqlite]
+    session = make_session(budget={"trials": 12, "epochs": 4}, search={"pruner": "none"})
+    options = ["--storage", sqlite, "--artifacts", str(tmp_path / "artifacts"), "--slots", "1"]
+    logs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     workers = [
-        subprocess.Popen(
-            [
-                *command,
-                "--artifacts",
-                str(tmp_path / "artifacts"),
-                "--device",
-                "cpu",
-                "--slots",
-                "1",
-            ],
-            stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
+        Command("worker", "tiny", "--device", "cpu", *options, log=log, folder=tmp_path)
+        for log in logs
     ]
-    output = [worker.communicate(timeout=PATIENCE)[1].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], output
+    ended = [worker.wait(PATIENCE) for worker in workers]
+    assert ended == [0, 0], [log.read_text() for log in logs]
     trials = session.study.trials
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 12
     assert {a["end"] for a in session.ledger.attempts()} == {"complete"}
