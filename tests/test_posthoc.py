@@ -88,7 +88,9 @@ def test_correct_at_every_tau_equals_argmax(seed: int, classes: int, kind: str) 
     counts = torch.randint(1, 5, (classes,), generator=generator)
     log_priors = imbalance.log_priors(counts)
     targets = torch.randint(classes, (30,), generator=generator)
-    correct = posthoc._correct_by_tau(logits, targets, log_priors, posthoc.TAU_GRID)
+    each = posthoc._Cells(targets, torch.arange(30), classes)
+    hits = posthoc._hits_by_tau(logits, each, log_priors, posthoc.TAU_GRID)
+    correct = hits[each.of_image].bool()
     for column, tau in enumerate(posthoc.TAU_GRID.tolist()):
         predictions = posthoc.adjust_logits(logits, log_priors, tau).argmax(1)
         assert torch.equal(correct[:, column], predictions == targets), tau

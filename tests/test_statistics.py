@@ -217,8 +217,8 @@ def test_bootstrapped_metrics_cover_the_truth(scale: float) -> None:
 def test_resamples_keep_class_sizes_and_have_the_right_variance() -> None:
     targets = np.repeat(np.arange(4), [1, 2, 5, 30])[::-1].copy()
     values = np.random.default_rng(0).normal(size=len(targets))
-    chunks = statistics._bootstrap._resampled_weights(targets, np.random.default_rng(0), 20_000)
-    weights = np.concatenate(list(chunks))
+    chunks = statistics._bootstrap._resampled_weights(targets, 0, 20_000)
+    weights = np.concatenate(list(chunks), axis=1).T
     assert weights.shape == (20_000, len(targets))
     for c, size in enumerate([1, 2, 5, 30]):
         inside = targets == c

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ TAU_NORM_GRID: Final = torch.arange(0, 41, dtype=torch.float64) / 20
 """Exponents of τ-normalisation to choose from: 0 to 2 in steps of 0.05."""
 
 _TIE = 1e-9
+_ELEMENTS = 50_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +68,13 @@ def fit_tau(
     metric: str = "balanced_accuracy",
     grid: Tensor = TAU_GRID,
 ) -> float:
-    """The τ of ``grid`` with the best ``metric``, one of ``metrics.RECALL_METRICS``.
+    """The τ of an ascending ``grid`` with the best ``metric`` of ``metrics.RECALL_METRICS``.
 
     Of equally good τ the neutral 0 wins; without it, the middle of the widest run of
     neighbours, which lies farthest from where predictions change.
     """
-    correct = _correct_by_tau(logits, targets, log_priors, grid)
-    everything = torch.zeros_like(targets)
-    return _fit(correct, targets, everything, grid, metric, groups, logits.shape[1])[-1]
+    cells = _Cells(targets, torch.zeros_like(targets), logits.shape[1])
+    return cells.fit(_hits_by_tau(logits, cells, log_priors, grid), grid, metric, groups)[-1]
 
 
 def cross_fitted(
@@ -88,8 +90,8 @@ def cross_fitted(
 ) -> CrossFitted:
     """Adjust each fold of the images with the τ that ``fit_tau`` finds on the other folds."""
     fold = stratified_folds(targets, folds, seed)
-    correct = _correct_by_tau(logits, targets, log_priors, grid)
-    *by_fold, tau = _fit(correct, targets, fold, grid, metric, groups, logits.shape[1])
+    cells = _Cells(targets, fold, logits.shape[1])
+    *by_fold, tau = cells.fit(_hits_by_tau(logits, cells, log_priors, grid), grid, metric, groups)
     tau_of_image = logits.new_tensor(by_fold)[fold, None]
     return CrossFitted(tau, adjust_logits(logits, log_priors, tau_of_image))
 
@@ -118,9 +120,8 @@ def fit_tau_norm(
 ) -> float:
     """The exponent of ``grid`` with the best ``metric``; ties as in ``fit_tau``."""
     logits, norms = features @ weight.T, weight.norm(dim=1)
-    correct = _correct_by_exponent(logits, norms, targets, grid)
-    everything = torch.zeros_like(targets)
-    return _fit(correct, targets, everything, grid, metric, groups, weight.shape[0])[-1]
+    cells = _Cells(targets, torch.zeros_like(targets), len(weight))
+    return cells.fit(_hits_by_exponent(logits, cells, norms, grid), grid, metric, groups)[-1]
 
 
 def cross_fitted_tau_norm(
@@ -140,8 +141,8 @@ def cross_fitted_tau_norm(
     τ-normalised logits are logits / norms^τ.
     """
     fold = stratified_folds(targets, folds, seed)
-    correct = _correct_by_exponent(logits, norms, targets, grid)
-    *by_fold, tau = _fit(correct, targets, fold, grid, metric, groups, logits.shape[1])
+    cells = _Cells(targets, fold, logits.shape[1])
+    *by_fold, tau = cells.fit(_hits_by_exponent(logits, cells, norms, grid), grid, metric, groups)
     scales = torch.stack([_tau_norm_scale(norms, t) for t in by_fold])
     return CrossFitted(tau, logits * scales[fold].to(logits))
 
@@ -154,8 +155,8 @@ def fit_temperature(
     It calibrates and never changes a prediction. The NLL is convex in 1/T; Newton steps that
     leave the bracket are replaced by its geometric middle. Logits that say nothing give 1.
     """
-    margins = logits.detach().to(torch.float64)
-    margins = margins - margins.gather(1, targets[:, None])
+    table = metrics.by_class(logits)
+    margins = table - table.gather(0, targets[None])
     low, high, inverse = 1 / bounds[1], 1 / bounds[0], 1.0
     if _nll_derivatives(margins, low)[0] > 0:
         return bounds[1]
@@ -186,62 +187,102 @@ def stratified_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
     """
     if folds < 2:
         raise ValueError(f"cross-fitting needs at least 2 folds, not {folds}")
-    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    order = shuffled[targets.cpu()[shuffled].argsort(stable=True)]
+    fold = _folds(targets.long().cpu().numpy().tobytes(), folds, seed)
+    return fold.clone().to(targets.device)
+
+
+@lru_cache(maxsize=4)
+def _folds(targets: bytes, folds: int, seed: int) -> Tensor:
+    """``stratified_folds``, made once for the targets of all trials."""
+    of_image = torch.from_numpy(np.frombuffer(targets, dtype=np.int64).copy())
+    shuffled = torch.randperm(len(of_image), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[of_image[shuffled].argsort(stable=True)]
     fold = torch.empty_like(order)
     fold[order] = torch.arange(len(order)) % folds
-    return fold.to(targets.device)
+    return fold
 
 
-def _correct_by_tau(logits: Tensor, targets: Tensor, log_priors: Tensor, grid: Tensor) -> Tensor:
-    """Whether argmax(logits - τ·log π) is the target, (N, T) bool, without T argmaxes.
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The images of each fold and class: ``targets`` (N,) and ``fold`` (N,)."""
+
+    targets: Tensor
+    fold: Tensor
+    num_classes: int
+
+    @cached_property
+    def count(self) -> int:
+        """Folds times classes."""
+        return (int(self.fold.max()) + 1 if len(self.fold) else 1) * self.num_classes
+
+    @cached_property
+    def of_image(self) -> Tensor:
+        """The cell of each image, (N,) int64."""
+        return self.fold * self.num_classes + self.targets
+
+    def fit(self, hits: Tensor, grid: Tensor, metric: str, groups: Groups | None) -> list[float]:
+        """The best grid value on the complement of each fold, and last on all images.
+
+        ``hits`` (cells, T) are the images of each cell that are right at each grid value.
+        """
+        by_fold = (-1, self.num_classes)
+        hits = hits.view(*by_fold, len(grid))
+        images = torch.bincount(self.of_image, minlength=self.count).view(by_fold)
+        hits = torch.cat([hits.sum(0) - hits, hits.sum(0, keepdim=True)])
+        images = torch.cat([images.sum(0) - images, images.sum(0, keepdim=True)])
+        weights = metrics.recall_weights(metric, images, groups) / images.clamp(min=1)
+        scores = torch.einsum("fc,fct->ft", weights, hits)
+        return [_best(row, grid.tolist()) for row in scores.tolist()]
+
+
+def _hits_by_tau(logits: Tensor, cells: _Cells, log_priors: Tensor, grid: Tensor) -> Tensor:
+    """How often argmax(logits - τ·log π) is the target, (cells, T) float64, without T argmaxes.
 
     The target beats class c where margin > τ·(log π_y - log π_c). That is one bound on τ for
     each rival, so the target wins on one interval of τ. A tie goes to the lower index, as in
     argmax: rivals of lower index get the smallest possible head start.
     """
-    table, priors = logits.detach().to(torch.float64), log_priors.to(logits.device, torch.float64)
-    classes = torch.arange(table.shape[1], device=table.device)
-    margin = table.gather(1, targets[:, None]) - table
-    margin = torch.where(classes < targets[:, None], margin - 1e-300, margin)
-    slope = (priors[:, None] - priors)[targets]
+    table, targets = metrics.by_class(logits), cells.targets
+    priors, grid = log_priors.to(table), grid.to(table)
+    classes = torch.arange(len(table), device=table.device)[:, None]
+    margin = table.gather(0, targets[None]) - table
+    margin = torch.where(classes < targets, margin - 1e-300, margin)
+    slope = priors[targets] - priors[:, None]
     bound = margin / slope
-    lowest = torch.where(slope < 0, bound, -math.inf).amax(1, keepdim=True)
-    highest = torch.where(slope > 0, bound, math.inf).amin(1, keepdim=True)
-    possible = ((slope != 0) | (margin >= 0)).all(1, keepdim=True)
-    grid = grid.to(table)
-    return possible & (grid >= lowest) & (grid <= highest)
+    lowest = torch.where(slope < 0, bound, -math.inf).amax(0)
+    highest = torch.where(slope > 0, bound, math.inf).amin(0)
+    begin, end = torch.searchsorted(grid, lowest), torch.searchsorted(grid, highest, right=True)
+    wins = (((slope != 0) | (margin >= 0)).all(0) & (begin < end)).double()
+    width = len(grid) + 1
+    first, size = cells.of_image * width, cells.count * width
+    begun, ended = (torch.bincount(first + at, weights=wins, minlength=size) for at in (begin, end))
+    return (begun - ended).view(-1, width).cumsum(1)[:, :-1]
 
 
-def _correct_by_exponent(logits: Tensor, norms: Tensor, targets: Tensor, grid: Tensor) -> Tensor:
-    scales = [_tau_norm_scale(norms, tau).to(logits) for tau in grid.tolist()]
-    return torch.stack([(logits * scale).argmax(1) == targets for scale in scales], dim=1)
+def _hits_by_exponent(logits: Tensor, cells: _Cells, norms: Tensor, grid: Tensor) -> Tensor:
+    """How often argmax(logits / norms^τ) is the target, (cells, T) float64.
+
+    It is where no class has more, and no earlier one as much. (A table's argmax takes longer.)
+    """
+    table, own = logits.detach().T.contiguous(), cells.targets[None, None]
+    classes = torch.arange(len(table), device=table.device)[:, None]
+    only_earlier = table.new_zeros(table.shape).masked_fill_(classes >= cells.targets, -math.inf)
+    scales = torch.stack([_tau_norm_scale(norms, tau) for tau in grid.tolist()]).to(table)
+    hits = []
+    for some in scales.split(max(1, _ELEMENTS // max(1, table.numel()))):
+        scaled = table * some[:, :, None]
+        score = scaled.gather(1, own.expand(len(some), 1, -1))[:, 0]
+        right = (score == scaled.amax(1)) & (score > (scaled + only_earlier).amax(1))
+        hits += [_count(cells, row) for row in right.double()]
+    return torch.stack(hits, dim=1)
+
+
+def _count(cells: _Cells, right: Tensor) -> Tensor:
+    return torch.bincount(cells.of_image, weights=right, minlength=cells.count)
 
 
 def _tau_norm_scale(norms: Tensor, tau: float) -> Tensor:
     return torch.where(norms > 0, norms, 1.0) ** -tau
-
-
-def _fit(
-    correct: Tensor,
-    targets: Tensor,
-    fold: Tensor,
-    grid: Tensor,
-    metric: str,
-    groups: Groups | None,
-    num_classes: int,
-) -> list[float]:
-    """The best grid value on the complement of each fold, and last on all images."""
-    folds = int(fold.max()) + 1 if len(fold) else 1
-    cells = fold * num_classes + targets
-    hits = correct.new_zeros((folds * num_classes, len(grid)), dtype=torch.float64)
-    hits = hits.index_add_(0, cells, correct.to(hits)).view(folds, num_classes, -1)
-    images = torch.bincount(cells, minlength=folds * num_classes).view(folds, num_classes)
-    hits = torch.cat([hits.sum(0) - hits, hits.sum(0, keepdim=True)])
-    images = torch.cat([images.sum(0) - images, images.sum(0, keepdim=True)])
-    weights = metrics.recall_weights(metric, images, groups) / images.clamp(min=1)
-    scores = torch.einsum("fc,fct->ft", weights, hits)
-    return [_best(row, grid.tolist()) for row in scores.tolist()]
 
 
 def _best(scores: list[float], grid: list[float]) -> float:
@@ -260,8 +301,8 @@ def _best(scores: list[float], grid: list[float]) -> float:
 
 
 def _nll_derivatives(margins: Tensor, inverse: float) -> tuple[float, float]:
-    """First and second derivative of the mean NLL by 1/T; ``margins`` (N, C) are z - z_y."""
-    probabilities = (margins * inverse).softmax(1)
-    means = (probabilities * margins).sum(1)
-    variances = (probabilities * (margins - means[:, None]).square()).sum(1)
+    """First and second derivative of the mean NLL by 1/T; ``margins`` (C, N) are z - z_y."""
+    probabilities = (margins * inverse).softmax(0)
+    means = (probabilities * margins).sum(0)
+    variances = (probabilities * (margins - means).square()).sum(0)
     return float(means.mean()), float(variances.mean())
