@@ -11,7 +11,6 @@ from tuner.datasets import Data
 from tuner.imbalance import Groups, log_priors
 from tuner.metrics import (
     METRICS,
-    by_class,
     calibration,
     confusion_matrix,
     evaluate,
@@ -146,7 +145,7 @@ def extras(
             "metrics": evaluate(scaled.adjusted_logits, targets, groups),
         },
         "temperature": temperature,
-        "calibrated": calibration(by_class(logits / temperature), targets),
+        "calibrated": calibration(logits / temperature, logits.argmax(1), targets),
     }
 
 

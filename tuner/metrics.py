@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.errors import DataError, NonFiniteError, UnknownNameError, unknown_name
@@ -18,6 +20,8 @@ from tuner.errors import DataError, NonFiniteError, UnknownNameError, unknown_na
 if TYPE_CHECKING:
     from tuner.imbalance import Groups
 
+Array = NDArray[np.float64]
+Number = TypeVar("Number", np.float64, np.int64)
 Direction = Literal["maximize", "minimize"]
 
 METRICS: Final[Mapping[str, Direction]] = {
@@ -104,20 +108,27 @@ def nll(logits: Tensor, targets: Tensor) -> float:
 
     Logarithms of probabilities are logits too; probabilities are not.
     """
-    return float(image_losses(by_class(logits), targets).mean())
+    return float(likelihoods(logits, targets)[1].mean())
+
+
+def likelihoods(logits: Tensor, targets: Tensor) -> tuple[Array, Array]:
+    """Probabilities (C, N) of ``logits`` (N, C), and each image's negative log-likelihood (N,).
+
+    They lie in memory class after class: sums over few classes are several times as fast so.
+    """
+    table = by_class(logits).cpu().numpy()
+    table -= table.max(0)
+    own = _of_targets(table, targets.cpu().numpy())
+    probabilities = np.exp(table, out=table)
+    total = probabilities.sum(0)
+    probabilities /= total
+    return probabilities, np.log(total) - own
 
 
 def by_class(logits: Tensor) -> Tensor:
-    """``logits`` (N, C) as a float64 table (C, N) that lies in memory class after class.
-
-    Sums over few classes are several times as fast along its columns as along rows.
-    """
-    return logits.detach().T.to(torch.float64, memory_format=torch.contiguous_format)
-
-
-def image_losses(table: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each image (N,), in nats, from logits ``by_class`` (C, N)."""
-    return -table.log_softmax(0).gather(0, targets[None])[0]
+    """A copy of ``logits`` (N, C) as a float64 table (C, N) that lies in memory by class."""
+    table = logits.detach().T
+    return table.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
 
 
 def ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
@@ -126,9 +137,7 @@ def ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) ->
     The bins have equal width and contain their upper edge.
     """
     confidence, predictions = probabilities.max(1)
-    cells = confidence_bins(confidence, bins)
-    gaps = _gaps(confidence, cells, cells[predictions == targets], bins)
-    return float(gaps.abs().sum() / len(targets))
+    return _ece(confidence.numpy(), (predictions == targets).numpy(), bins)
 
 
 def classwise_ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
@@ -136,18 +145,14 @@ def classwise_ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATIO
 
     Kull et al. 2019, equation 2, with the mean over the classes that have images.
     """
-    num_classes = probabilities.shape[1]
-    columns = torch.arange(num_classes, device=probabilities.device) * bins
-    cells = confidence_bins(probabilities, bins) + columns
-    own = cells.gather(1, targets[:, None])[:, 0]
-    gaps = _gaps(probabilities.T, cells.T, own, bins * num_classes).view(num_classes, bins)
-    present = torch.bincount(targets, minlength=num_classes) > 0
-    return float(gaps[present].abs().sum() / (len(targets) * present.sum()))
+    return _classwise_ece(probabilities.T.contiguous().numpy(), targets.numpy(), bins)
 
 
-def confidence_bins(probabilities: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
-    """Index of the calibration bin (lower, upper] of each probability, int64, same shape."""
-    return (probabilities * bins).ceil_().long().sub_(1).clamp_(0, bins - 1)
+def confidence_bins(probabilities: Array, bins: int = CALIBRATION_BINS) -> NDArray[np.int64]:
+    """Index of the calibration bin (lower, upper] of each probability, same shape."""
+    found = np.ceil(probabilities * bins).astype(np.int64)
+    found -= 1
+    return np.minimum(np.maximum(found, 0, out=found), bins - 1, out=found)
 
 
 def refuse_unusable(logits: Tensor) -> None:
@@ -179,17 +184,18 @@ def evaluate(logits: Tensor, targets: Tensor, groups: Groups) -> dict[str, float
     """
     logits, targets = logits.detach().cpu(), targets.cpu()
     refuse_unusable(logits)
-    confusion = confusion_matrix(logits.argmax(1), targets, logits.shape[1])
-    return {**_of_recalls(confusion, groups), **calibration(by_class(logits), targets)}
+    predictions = logits.argmax(1)
+    confusion = confusion_matrix(predictions, targets, logits.shape[1])
+    return {**_of_recalls(confusion, groups), **calibration(logits, predictions, targets)}
 
 
-def calibration(table: Tensor, targets: Tensor) -> dict[str, float | None]:
-    """The metrics of probabilities, from logits ``by_class`` (C, N)."""
-    probabilities = table.softmax(0).T
+def calibration(logits: Tensor, predictions: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """The metrics of probabilities, from logits (N, C) and their largest (N,), on the CPU."""
+    probabilities, losses = likelihoods(logits, targets)
     return {
-        "nll": float(image_losses(table, targets).mean()),
-        "ece": ece(probabilities, targets),
-        "classwise_ece": classwise_ece(probabilities, targets),
+        "nll": float(losses.mean()),
+        "ece": _ece(probabilities.max(0), (predictions == targets).numpy()),
+        "classwise_ece": _classwise_ece(probabilities, targets.numpy()),
     }
 
 
@@ -252,8 +258,27 @@ def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(_mean([math.log(value) for value in values])) if all(values) else 0.0
 
 
-def _gaps(probabilities: Tensor, cells: Tensor, hits: Tensor, count: int) -> Tensor:
-    """Σ probability less the hits of each of ``count`` cells, from the cells of the hits (H,)."""
-    weights = probabilities.to(torch.float64).flatten()
-    sums = torch.bincount(cells.flatten(), weights=weights, minlength=count)
-    return sums - torch.bincount(hits, minlength=count)
+def _ece(confidence: Array, hits: NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> float:
+    cells = confidence_bins(confidence, bins)
+    gaps = np.bincount(cells, confidence, bins) - np.bincount(cells[hits], minlength=bins)
+    return float(np.abs(gaps).sum() / len(hits))
+
+
+def _classwise_ece(
+    probabilities: Array, targets: NDArray[np.int64], bins: int = CALIBRATION_BINS
+) -> float:
+    """From probabilities (C, N)."""
+    num_classes = len(probabilities)
+    cells = confidence_bins(probabilities, bins)
+    cells += bins * np.arange(num_classes)[:, None]
+    size = bins * num_classes
+    gaps = np.bincount(cells.ravel(), probabilities.ravel(), size)
+    gaps -= np.bincount(_of_targets(cells, targets), minlength=size)
+    present = np.bincount(targets, minlength=num_classes) > 0
+    found = np.abs(gaps.reshape(num_classes, bins)[present]).sum()
+    return float(found / (len(targets) * present.sum()))
+
+
+def _of_targets(table: NDArray[Number], targets: NDArray[np.int64]) -> NDArray[Number]:
+    """What a table (C, N) holds for the class of each image (N,)."""
+    return table[targets, np.arange(len(targets))]

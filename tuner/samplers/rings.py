@@ -34,7 +34,9 @@ def draw(rings: Rings, classes: Integers) -> Integers:
     a shuffle of the class that depends on its arguments alone. Any draw can therefore be
     recomputed from the counters, and an image returns only after the whole class was shown.
     """
-    by_class = np.argsort(classes, kind="stable")
+    # Numbers of two bytes are sorted in one pass.
+    narrow = classes.astype(np.uint16) if len(rings.size) <= 2**16 else classes
+    by_class = np.argsort(narrow, kind="stable")
     ordered = classes[by_class]
     draws = np.bincount(classes, minlength=len(rings.size))
     ordinal = rings.drawn[ordered] + _positions(draws)

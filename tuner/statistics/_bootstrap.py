@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -120,7 +119,7 @@ def _judged(
     intervals |= _recall_intervals(confusion, groups, confidence)
     statistics = {"macro_f1": _f1_statistic(predictions, targets, confusion)}
     if outputs.ndim == 2:
-        statistics |= _probability_statistics(metrics.by_class(outputs), predictions, targets)
+        statistics |= _probability_statistics(outputs, predictions, targets)
     return intervals, statistics
 
 
@@ -143,12 +142,9 @@ def _recall_intervals(
 
 def _f1_statistic(predictions: Tensor, targets: Tensor, confusion: Tensor) -> _Statistic:
     """Macro F1, from the hits and the predictions of each class."""
-    num_classes, hits = len(confusion), (predictions == targets).double()
-    table = _table(
-        torch.stack([predictions, predictions + num_classes]),
-        torch.stack([hits, torch.ones_like(hits)]),
-        2 * num_classes,
-    )
+    num_classes, hits = len(confusion), (predictions == targets).double().numpy()
+    rows = np.stack([predictions.numpy(), predictions.numpy() + num_classes])
+    table = _table(rows, np.stack([hits, np.ones_like(hits)]), 2 * num_classes)
     images = confusion.sum(1).double().numpy()[:, None]
     present = images[:, 0] > 0
 
@@ -161,35 +157,35 @@ def _f1_statistic(predictions: Tensor, targets: Tensor, confusion: Tensor) -> _S
 
 
 def _probability_statistics(
-    table: Tensor, predictions: Tensor, targets: Tensor
+    logits: Tensor, predictions: Tensor, targets: Tensor
 ) -> dict[str, _Statistic]:
-    """What needs probabilities, from logits ``metrics.by_class`` (C, N)."""
-    losses = metrics.image_losses(table, targets).numpy()[None]
-    probabilities, present = table.softmax(0), torch.bincount(targets).nonzero()
-    confidence = probabilities.gather(0, predictions[None])
+    probabilities, losses = metrics.likelihoods(logits, targets)
+    present = np.flatnonzero(np.bincount(targets.numpy()))
+    hits = (predictions == targets).numpy()[None]
+    own = present[:, None] == targets.numpy()
     return {
-        "nll": _Statistic(losses, lambda sums: sums[0] / losses.size, top=math.inf),
-        "ece": _gap_statistic(confidence, predictions[None] == targets),
-        "classwise_ece": _gap_statistic(probabilities[present[:, 0]], present == targets),
+        "nll": _Statistic(losses[None], lambda sums: sums[0] / len(losses), top=math.inf),
+        "ece": _gap_statistic(probabilities.max(0, keepdims=True), hits),
+        "classwise_ece": _gap_statistic(probabilities[present], own),
     }
 
 
-def _gap_statistic(probabilities: Tensor, hits: Tensor) -> _Statistic:
+def _gap_statistic(probabilities: Array, hits: NDArray[np.bool_]) -> _Statistic:
     """Calibration error of (K, N) tables, from the gaps of each row's bins."""
-    bins, rows = metrics.CALIBRATION_BINS, len(probabilities)
-    cells = metrics.confidence_bins(probabilities) + bins * torch.arange(rows)[:, None]
-    table, scale = _table(cells, probabilities - hits.double(), rows * bins), hits.numel()
+    bins, height = metrics.CALIBRATION_BINS, len(probabilities)
+    rows = metrics.confidence_bins(probabilities) + bins * np.arange(height)[:, None]
+    table, scale = _table(rows, probabilities - hits, height * bins), hits.size
     return _Statistic(table, lambda sums: np.abs(sums).sum(0) / scale, is_distance=True)
 
 
-def _table(rows: Tensor, values: Tensor, count: int) -> Any:
+def _table(rows: NDArray[np.int64], values: Array, count: int) -> Any:
     """A sparse table of ``count`` rows and a column per image, from its rows and values (k, N)."""
     from scipy import sparse
 
     height, images = rows.shape
-    parts = values.T.flatten().numpy(), rows.T.flatten().int().numpy()
     ends = np.arange(0, height * images + 1, height, dtype=np.int32)
-    return sparse.csc_array((*parts, ends), shape=(count, images))
+    parts = values.T.ravel(), rows.T.ravel().astype(np.int32), ends
+    return sparse.csc_array(parts, shape=(count, images))
 
 
 class _Sample:
