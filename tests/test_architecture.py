@@ -19,8 +19,8 @@ LEVELS = """
 errors __init__
 registry stores alone pools
 seeding imbalance metrics checkpoint chunks
-losses samplers datasets models augment optim schedules posthoc statistics
-training entries pruning compiled
+losses samplers datasets models augment optim schedules strengths statistics
+training entries pruning compiled posthoc
 recipe
 lane_state
 lane loaded describe space evaluation sections

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,7 +155,7 @@ def test_classwise_ece_is_the_mean_of_torchmetrics_over_classes_with_images() ->
 
 
 def test_certainty_falls_into_the_last_bin_and_bins_contain_their_upper_edge() -> None:
-    edges = torch.tensor([0.0, 0.05, 0.1, 0.100001, 0.9, 0.95, 1.0])
+    edges = np.array([0.0, 0.05, 0.1, 0.100001, 0.9, 0.95, 1.0])
     assert metrics.confidence_bins(edges, bins=10).tolist() == [0, 0, 0, 1, 8, 9, 9]
     certain = torch.eye(3)[[0, 1, 2, 0]]
     assert metrics.ece(certain, torch.tensor([0, 1, 2, 1])) == pytest.approx(0.25)

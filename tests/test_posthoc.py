@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tuner import imbalance, metrics, posthoc
+from tuner import imbalance, metrics, posthoc, strengths
 from tuner.errors import UnknownNameError
 from tuner.imbalance import Groups
 
@@ -88,7 +88,9 @@ def test_correct_at_every_tau_equals_argmax(seed: int, classes: int, kind: str) 
     counts = torch.randint(1, 5, (classes,), generator=generator)
     log_priors = imbalance.log_priors(counts)
     targets = torch.randint(classes, (30,), generator=generator)
-    correct = posthoc._correct_by_tau(logits, targets, log_priors, posthoc.TAU_GRID)
+    each = strengths.Cells(targets, torch.arange(30), classes)
+    hits = strengths.hits_by_tau(logits, each, log_priors, posthoc.TAU_GRID)
+    correct = hits[each.of_image].bool()
     for column, tau in enumerate(posthoc.TAU_GRID.tolist()):
         predictions = posthoc.adjust_logits(logits, log_priors, tau).argmax(1)
         assert torch.equal(correct[:, column], predictions == targets), tau
@@ -115,10 +117,10 @@ def test_fitted_tau_is_as_good_as_the_best_of_the_grid(metric: str) -> None:
 
 def test_of_equally_good_tau_zero_wins_then_the_middle_of_the_widest_run() -> None:
     grid = [-1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert posthoc._best([0.5] * 7, grid) == 0.0
-    assert posthoc._best([0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.9], grid) == 2.0
-    assert posthoc._best([0.9, 0.1, 0.2, 0.9, 0.2, 0.1, 0.2], grid) == -1.0
-    assert posthoc._best([0.1, 0.2, 0.9, 0.9, 0.2, 0.1, 0.2], grid) == 1.0
+    assert strengths._best([0.5] * 7, grid) == 0.0
+    assert strengths._best([0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.9], grid) == 2.0
+    assert strengths._best([0.9, 0.1, 0.2, 0.9, 0.2, 0.1, 0.2], grid) == -1.0
+    assert strengths._best([0.1, 0.2, 0.9, 0.9, 0.2, 0.1, 0.2], grid) == 1.0
 
 
 def test_equal_priors_need_no_adjustment() -> None:
@@ -149,7 +151,7 @@ def test_cross_fitting_helps_on_images_it_did_not_see() -> None:
 def test_every_fold_is_adjusted_with_the_tau_of_the_other_folds() -> None:
     logits, targets, log_priors = long_tailed(6, 5)
     fitted = posthoc.cross_fitted(logits, targets, log_priors, folds=3, seed=9)
-    fold = posthoc.stratified_folds(targets, 3, 9)
+    fold = strengths.stratified_folds(targets, 3, 9)
     assert fitted.tau == posthoc.fit_tau(logits, targets, log_priors)
     for k in range(3):
         rest, here = fold != k, fold == k
@@ -160,7 +162,7 @@ def test_every_fold_is_adjusted_with_the_tau_of_the_other_folds() -> None:
 
 def test_an_image_never_decides_its_own_tau() -> None:
     logits, targets, log_priors = long_tailed(4, 5)
-    fold = posthoc.stratified_folds(targets, 5, 0)
+    fold = strengths.stratified_folds(targets, 5, 0)
     before = posthoc.cross_fitted(logits, targets, log_priors, seed=0).adjusted_logits
     spoiled = logits.clone()
     spoiled[fold == 2] = spoiled[fold == 2].flip(1)
@@ -175,15 +177,15 @@ def test_an_image_never_decides_its_own_tau() -> None:
 def test_folds_are_stratified_even_and_reproducible(
     targets: list[int], folds: int, seed: int
 ) -> None:
-    fold = posthoc.stratified_folds(torch.tensor(targets), folds, seed)
-    assert torch.equal(fold, posthoc.stratified_folds(torch.tensor(targets), folds, seed))
+    fold = strengths.stratified_folds(torch.tensor(targets), folds, seed)
+    assert torch.equal(fold, strengths.stratified_folds(torch.tensor(targets), folds, seed))
     sizes = torch.bincount(fold, minlength=folds)
     assert sizes.max() - sizes.min() <= 1
     for c in set(targets):
         shares = torch.bincount(fold[torch.tensor(targets) == c], minlength=folds)
         assert shares.max() - shares.min() <= 1
     with pytest.raises(ValueError, match="at least 2 folds"):
-        posthoc.stratified_folds(torch.tensor(targets), 1, seed)
+        strengths.stratified_folds(torch.tensor(targets), 1, seed)
 
 
 def test_classes_with_one_image_or_none_are_survived() -> None:
@@ -258,7 +260,7 @@ def test_cross_fitted_tau_norm_needs_only_logits_and_norms() -> None:
     logits, norms = features @ weight.T, weight.norm(dim=1)
     fitted = posthoc.cross_fitted_tau_norm(logits, norms, targets, seed=1)
     assert fitted.tau == posthoc.fit_tau_norm(features, weight, targets)
-    fold = posthoc.stratified_folds(targets, 5, 1)
+    fold = strengths.stratified_folds(targets, 5, 1)
     for k in range(5):
         rest, here = fold != k, fold == k
         tau = posthoc.fit_tau_norm(features[rest], weight, targets[rest])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from tuner.samplers.rings import Rings, draw
+from tuner.samplers.rings import Rings, draw, stable_order
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,6 +34,19 @@ def test_rings_drawn_in_pieces_equal_one_long_draw(
         counts = Counter(mine)
         assert set(mine) <= set(order[start[c] : start[c] + size[c]].tolist())
         assert not mine or max(counts.values()) == -(-len(mine) // sizes[c])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    words=st.lists(st.integers(0, 2**64 - 1), max_size=40),
+    spread=st.sampled_from([0, 3, 59, 63]),
+)
+def test_words_are_ordered_as_by_a_stable_sort_also_where_they_tie(
+    words: list[int], spread: int
+) -> None:
+    given_words = np.array(words, dtype=np.uint64) >> np.uint64(spread)
+    expected = np.argsort(given_words, kind="stable")
+    assert stable_order(given_words).tolist() == expected.tolist()
 
 
 def test_every_order_of_a_ring_is_equally_likely() -> None:

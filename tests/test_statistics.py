@@ -214,11 +214,24 @@ def test_bootstrapped_metrics_cover_the_truth(scale: float) -> None:
     assert all(hits[name] >= 91 for name in hits), hits
 
 
+def test_intervals_do_not_depend_on_what_was_resampled_before() -> None:
+    logits, targets = drawn(40, 3)
+    others = targets.flip(0)
+
+    def found(targets: Tensor, seed: int) -> dict[str, statistics.Interval | None]:
+        return statistics.bootstrap_intervals(logits, targets, GROUPS, seed=seed)
+
+    first = found(targets, 0)
+    assert found(others, 0) != first
+    assert found(targets, 1) != first
+    assert found(targets, 0) == first
+
+
 def test_resamples_keep_class_sizes_and_have_the_right_variance() -> None:
     targets = np.repeat(np.arange(4), [1, 2, 5, 30])[::-1].copy()
     values = np.random.default_rng(0).normal(size=len(targets))
-    chunks = statistics._bootstrap._resampled_weights(targets, np.random.default_rng(0), 20_000)
-    weights = np.concatenate(list(chunks))
+    chunks = statistics._bootstrap._resampled_weights(targets, 0, 20_000)
+    weights = np.concatenate(list(chunks), axis=1).T
     assert weights.shape == (20_000, len(targets))
     for c, size in enumerate([1, 2, 5, 30]):
         inside = targets == c

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from tuner.datasets import Data
 from tuner.imbalance import Groups, log_priors
-from tuner.metrics import METRICS, confusion_matrix, evaluate, recall_per_class
+from tuner.metrics import (
+    METRICS,
+    calibration,
+    confusion_matrix,
+    evaluate,
+    recall_per_class,
+)
 from tuner.posthoc import (
     TAU_GRID,
     adjust_logits,
@@ -139,11 +145,7 @@ def extras(
             "metrics": evaluate(scaled.adjusted_logits, targets, groups),
         },
         "temperature": temperature,
-        "calibrated": {
-            name: value
-            for name, value in evaluate(logits / temperature, targets, groups).items()
-            if name in ("nll", "ece", "classwise_ece")
-        },
+        "calibrated": calibration(logits / temperature, logits.argmax(1), targets),
     }
 
 

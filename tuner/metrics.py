@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from tuner.errors import DataError, NonFiniteError, UnknownNameError, unknown_name
 
 if TYPE_CHECKING:
     from tuner.imbalance import Groups
 
+Array = NDArray[np.float64]
+Number = TypeVar("Number", np.float64, np.int64)
 Direction = Literal["maximize", "minimize"]
 
 METRICS: Final[Mapping[str, Direction]] = {
@@ -69,25 +72,22 @@ def accuracy(confusion: Tensor) -> float:
 
 def balanced_accuracy(confusion: Tensor) -> float:
     """Mean recall of the classes that have images; NaN without images."""
-    return float(_present_recalls(confusion).mean())
+    return _mean(_present_recalls(confusion))
 
 
 def group_accuracy(confusion: Tensor, classes: Sequence[int]) -> float | None:
     """Mean recall of those of ``classes`` that have images; None if none of them has any."""
-    recalls = recall_per_class(confusion)[list(classes)]
-    recalls = recalls[~recalls.isnan()]
-    return float(recalls.mean()) if recalls.numel() else None
+    return _group_mean(recall_per_class(confusion).tolist(), classes)
 
 
 def worst_class(confusion: Tensor) -> float:
     """Lowest recall of a class that has images; NaN without images."""
-    recalls = _present_recalls(confusion)
-    return float(recalls.min()) if recalls.numel() else math.nan
+    return min(_present_recalls(confusion), default=math.nan)
 
 
 def geometric_mean(confusion: Tensor) -> float:
     """Geometric mean of the recalls of the classes that have images; 0 if one of them is 0."""
-    return float(_present_recalls(confusion).log().mean().exp())
+    return _geometric_mean(_present_recalls(confusion))
 
 
 def macro_f1(confusion: Tensor) -> float:
@@ -108,7 +108,27 @@ def nll(logits: Tensor, targets: Tensor) -> float:
 
     Logarithms of probabilities are logits too; probabilities are not.
     """
-    return float(F.cross_entropy(logits.to(torch.float64), targets))
+    return float(likelihoods(logits, targets)[1].mean())
+
+
+def likelihoods(logits: Tensor, targets: Tensor) -> tuple[Array, Array]:
+    """Probabilities (C, N) of ``logits`` (N, C), and each image's negative log-likelihood (N,).
+
+    They lie in memory class after class: sums over few classes are several times as fast so.
+    """
+    table = by_class(logits).cpu().numpy()
+    table -= table.max(0)
+    own = _of_targets(table, targets.cpu().numpy())
+    probabilities = np.exp(table, out=table)
+    total = probabilities.sum(0)
+    probabilities /= total
+    return probabilities, np.log(total) - own
+
+
+def by_class(logits: Tensor) -> Tensor:
+    """A copy of ``logits`` (N, C) as a float64 table (C, N) that lies in memory by class."""
+    table = logits.detach().T
+    return table.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
 
 
 def ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
@@ -116,8 +136,8 @@ def ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) ->
 
     The bins have equal width and contain their upper edge.
     """
-    confidence, predictions = probabilities.max(1, keepdim=True)
-    return _calibration_error(confidence, predictions == targets[:, None], bins)
+    confidence, predictions = probabilities.max(1)
+    return _ece(confidence.numpy(), (predictions == targets).numpy(), bins)
 
 
 def classwise_ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATION_BINS) -> float:
@@ -125,14 +145,14 @@ def classwise_ece(probabilities: Tensor, targets: Tensor, bins: int = CALIBRATIO
 
     Kull et al. 2019, equation 2, with the mean over the classes that have images.
     """
-    images = torch.bincount(targets, minlength=probabilities.shape[1])
-    present = images.nonzero().flatten()
-    return _calibration_error(probabilities[:, present], targets[:, None] == present, bins)
+    return _classwise_ece(probabilities.T.contiguous().numpy(), targets.numpy(), bins)
 
 
-def confidence_bins(probabilities: Tensor, bins: int = CALIBRATION_BINS) -> Tensor:
-    """Index of the calibration bin (lower, upper] of each probability, int64, same shape."""
-    return (probabilities * bins).ceil_().long().sub_(1).clamp_(0, bins - 1)
+def confidence_bins(probabilities: Array, bins: int = CALIBRATION_BINS) -> NDArray[np.int64]:
+    """Index of the calibration bin (lower, upper] of each probability, same shape."""
+    found = np.ceil(probabilities * bins).astype(np.int64)
+    found -= 1
+    return np.minimum(np.maximum(found, 0, out=found), bins - 1, out=found)
 
 
 def refuse_unusable(logits: Tensor) -> None:
@@ -144,8 +164,8 @@ def refuse_unusable(logits: Tensor) -> None:
     """
     if logits.shape[0] == 0:
         raise DataError("there are no images to evaluate; give the data set an evaluation part")
-    broken = ~logits.isfinite().reshape(len(logits), -1).all(1)
-    if bool(broken.any()):
+    if not bool(logits.isfinite().all()):
+        broken = ~logits.isfinite().reshape(len(logits), -1).all(1)
         raise NonFiniteError(
             f"{int(broken.sum())} of {len(broken)} images have a logit that is NaN or infinite "
             f"(first: image {int(broken.nonzero()[0])}); the training diverged"
@@ -162,21 +182,34 @@ def evaluate(logits: Tensor, targets: Tensor, groups: Groups) -> dict[str, float
         DataError: There are no images.
         NonFiniteError: A logit is NaN or infinite; no number would mean anything then.
     """
-    logits, targets = logits.detach().to("cpu", torch.float64), targets.cpu()
+    logits, targets = logits.detach().cpu(), targets.cpu()
     refuse_unusable(logits)
-    confusion = confusion_matrix(logits.argmax(1), targets, logits.shape[1])
-    probabilities = logits.softmax(1)
-    named = {f"{name}_accuracy": classes for name, classes in groups.named().items()}
+    predictions = logits.argmax(1)
+    confusion = confusion_matrix(predictions, targets, logits.shape[1])
+    return {**_of_recalls(confusion, groups), **calibration(logits, predictions, targets)}
+
+
+def calibration(logits: Tensor, predictions: Tensor, targets: Tensor) -> dict[str, float | None]:
+    """The metrics of probabilities, from logits (N, C) and their largest (N,), on the CPU."""
+    probabilities, losses = likelihoods(logits, targets)
+    return {
+        "nll": float(losses.mean()),
+        "ece": _ece(probabilities.max(0), (predictions == targets).numpy()),
+        "classwise_ece": _classwise_ece(probabilities, targets.numpy()),
+    }
+
+
+def _of_recalls(confusion: Tensor, groups: Groups) -> dict[str, float | None]:
+    """The metrics of a confusion matrix."""
+    recalls = recall_per_class(confusion).tolist()
+    present = _present(recalls)
     return {
         "accuracy": accuracy(confusion),
-        "balanced_accuracy": balanced_accuracy(confusion),
-        **{name: group_accuracy(confusion, classes) for name, classes in named.items()},
-        "worst_class": worst_class(confusion),
-        "geometric_mean": geometric_mean(confusion),
+        "balanced_accuracy": _mean(present),
+        **{f"{name}_accuracy": _group_mean(recalls, c) for name, c in groups.named().items()},
+        "worst_class": min(present),
+        "geometric_mean": _geometric_mean(present),
         "macro_f1": macro_f1(confusion),
-        "nll": nll(logits, targets),
-        "ece": ece(probabilities, targets),
-        "classwise_ece": classwise_ece(probabilities, targets),
     }
 
 
@@ -204,18 +237,48 @@ def recall_weights(metric: str, images: Tensor, groups: Groups | None = None) ->
     return shares / shares.sum(-1, keepdim=True).clamp(min=1)
 
 
-def _present_recalls(confusion: Tensor) -> Tensor:
-    recalls = recall_per_class(confusion)
-    return recalls[~recalls.isnan()]
+def _present_recalls(confusion: Tensor) -> list[float]:
+    return _present(recall_per_class(confusion).tolist())
 
 
-def _calibration_error(probabilities: Tensor, hits: Tensor, bins: int) -> float:
-    """Mean over columns of Σ_bins |Σ (probability - hit)| / N, from (N, K) tables."""
-    columns = torch.arange(probabilities.shape[1], device=probabilities.device) * bins
-    cells = confidence_bins(probabilities, bins) + columns
-    gaps = torch.bincount(
-        cells.flatten(),
-        weights=(probabilities.to(torch.float64) - hits.to(torch.float64)).flatten(),
-        minlength=bins * probabilities.shape[1],
-    )
-    return float(gaps.abs().sum() / probabilities.numel())
+def _present(recalls: Sequence[float]) -> list[float]:
+    return [recall for recall in recalls if recall == recall]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _group_mean(recalls: Sequence[float], classes: Sequence[int]) -> float | None:
+    present = _present([recalls[c] for c in classes])
+    return _mean(present) if present else None
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(_mean([math.log(value) for value in values])) if all(values) else 0.0
+
+
+def _ece(confidence: Array, hits: NDArray[np.bool_], bins: int = CALIBRATION_BINS) -> float:
+    cells = confidence_bins(confidence, bins)
+    gaps = np.bincount(cells, confidence, bins) - np.bincount(cells[hits], minlength=bins)
+    return float(np.abs(gaps).sum() / len(hits))
+
+
+def _classwise_ece(
+    probabilities: Array, targets: NDArray[np.int64], bins: int = CALIBRATION_BINS
+) -> float:
+    """From probabilities (C, N)."""
+    num_classes = len(probabilities)
+    cells = confidence_bins(probabilities, bins)
+    cells += bins * np.arange(num_classes)[:, None]
+    size = bins * num_classes
+    gaps = np.bincount(cells.ravel(), probabilities.ravel(), size)
+    gaps -= np.bincount(_of_targets(cells, targets), minlength=size)
+    present = np.bincount(targets, minlength=num_classes) > 0
+    found = np.abs(gaps.reshape(num_classes, bins)[present]).sum()
+    return float(found / (len(targets) * present.sum()))
+
+
+def _of_targets(table: NDArray[Number], targets: NDArray[np.int64]) -> NDArray[Number]:
+    """What a table (C, N) holds for the class of each image (N,)."""
+    return table[targets, np.arange(len(targets))]

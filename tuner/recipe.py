@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import Tensor
 
 from tuner.augment import AUGMENTS
@@ -20,7 +21,7 @@ from tuner.imbalance import Groups, total_correction
 from tuner.losses import LOSSES
 from tuner.models import MODELS
 from tuner.optim import OPTIMIZERS
-from tuner.registry import Registry, checked
+from tuner.registry import Registry, adapter_of, checked
 from tuner.samplers import SAMPLERS
 from tuner.schedules import SCHEDULES
 from tuner.training import TRAININGS, Deferred
@@ -43,6 +44,7 @@ DEFAULTS = {
     "augment": "none",
     "training": "single_stage",
 }
+EPOCHS, SEED = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
 SOME_CLASSES = 10
 """A head bias follows from the number of classes: at one number it tells two rules apart."""
 
@@ -85,8 +87,8 @@ class Recipe:
         parts = {part: parse_part(part, values.get(part), where=where) for part in PARTS}
         if "epochs" not in values:
             raise StudyFileError(f"{where}: epochs is missing; add it at the top, as epochs = 60")
-        epochs = checked(Annotated[int, Field(ge=1)], values["epochs"], f"{where}: epochs")
-        seed = checked(Annotated[int, Field(ge=0)], values.get("seed", 0), f"{where}: seed")
+        epochs = checked(EPOCHS, values["epochs"], f"{where}: epochs")
+        seed = checked(SEED, values.get("seed", 0), f"{where}: seed")
         return cls(**parts, epochs=epochs, seed=seed)
 
     def canonical(self) -> Recipe:
@@ -101,6 +103,10 @@ class Recipe:
 
     def digest(self) -> str:
         """Hash of the canonical recipe, 16 hex digits; equal for equivalent recipes."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return _hash(self.canonical().to_dict())
 
     def switch_epoch(self) -> int:
@@ -207,8 +213,8 @@ def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> An
 
 def dump_component(part: str, instance: Any) -> dict[str, Any]:
     """Plain values of a component with its registered name; unset (None) keys are left out."""
-    adapter = TypeAdapter(type(instance))
-    values = adapter.dump_python(instance, mode="json", exclude_none=True)
+    kind: Any = type(instance)
+    values = adapter_of(kind).dump_python(instance, mode="json", exclude_none=True)
     return {"name": PARTS[part].name_of(instance), **values}
 
 

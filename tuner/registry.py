@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -72,6 +73,12 @@ class Registry(Generic[C]):
         return next(name for name, cls in self._components.items() if type(instance) is cls)
 
 
+@lru_cache(maxsize=512)
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """What reads and dumps ``kind``, a component class or an annotation; it is made once."""
+    return TypeAdapter(kind) if is_dataclass(kind) else TypeAdapter(kind, config=CONFIG)
+
+
 def checked(kind: Any, value: Any, where: str) -> Any:
     """``value`` of a TOML file read as ``kind``: a component class, or an annotation.
 
@@ -80,9 +87,8 @@ def checked(kind: Any, value: Any, where: str) -> Any:
     Raises:
         StudyFileError: The value does not fit; one line per mistake, each with ``where``.
     """
-    adapter = TypeAdapter(kind) if is_dataclass(kind) else TypeAdapter(kind, config=CONFIG)
     try:
-        result = adapter.validate_python(value)
+        result = adapter_of(kind).validate_python(value)
     except ValidationError as error:
         raise StudyFileError(_explain(error, kind, value, where)) from None
     except UnknownNameError as error:

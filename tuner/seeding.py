@@ -32,7 +32,10 @@ def seeded(*parts: object, device: torch.device | None = None) -> Iterator[None]
     """
     devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(*parts))
+        # ``torch.manual_seed`` would seed every device, and note down where that was asked for.
+        torch.default_generator.manual_seed(derive_seed(*parts))
+        for each in devices:
+            torch.cuda.default_generators[_index(each)].manual_seed(derive_seed(*parts))
         yield
 
 

@@ -164,7 +164,8 @@ class _Epoch:
             self.batches = lane.plan()
             self.step = 0
             self.random: Mapping[str, Tensor] | None = None
-        self.samples = sum(len(batch) for batch in self.batches[self.step :])
+        self.sizes = [batch.numel() for batch in self.batches]
+        self.samples = sum(self.sizes[self.step :])
 
     def _go_on(self, tensors: Mapping[str, Tensor], step: int) -> None:
         self.batches = list(torch.split(tensors["indices"], tensors["sizes"].tolist()))
@@ -194,7 +195,7 @@ class _Epoch:
                     self.step = self.steps.settle(done)
                     if self.step < len(self.batches):
                         raise self._interrupted()
-        mean = float(self.steps.total) / sum(len(batch) for batch in self.batches)
+        mean = float(self.steps.total) / sum(self.sizes)
         if not math.isfinite(mean):
             raise NonFiniteError(f"training loss is {mean} in epoch {self.lane.epoch}")
         return mean
@@ -207,7 +208,7 @@ class _Epoch:
         """The lane's state, and that of the epoch: plan, loss so far, random numbers."""
         own = {
             "indices": torch.cat(self.batches),
-            "sizes": torch.tensor([len(batch) for batch in self.batches]),
+            "sizes": torch.tensor(self.sizes),
             "total": self.steps.total.cpu().clone(),
             **prefixed("random", self.steps.random_state()),
         }

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from torch import Tensor
 
 from tuner.errors import DataError
-from tuner.registry import Registry, component
+from tuner.registry import Registry, adapter_of, component
 from tuner.seeding import generator
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -208,7 +208,7 @@ def _as_table(profile: Profile | None) -> dict[str, Any] | None:
     """The table that ``_from_table`` reads back."""
     if profile is None:
         return None
-    values = TypeAdapter(type(profile)).dump_python(profile, mode="json", exclude_none=True)
+    values = adapter_of(type(profile)).dump_python(profile, mode="json", exclude_none=True)
     return {"name": PROFILES.name_of(profile), **values}
 
 

@@ -34,7 +34,9 @@ def draw(rings: Rings, classes: Integers) -> Integers:
     a shuffle of the class that depends on its arguments alone. Any draw can therefore be
     recomputed from the counters, and an image returns only after the whole class was shown.
     """
-    by_class = np.argsort(classes, kind="stable")
+    # Numbers of two bytes are sorted in one pass.
+    narrow = classes.astype(np.uint16) if len(rings.size) <= 2**16 else classes
+    by_class = np.argsort(narrow, kind="stable")
     ordered = classes[by_class]
     draws = np.bincount(classes, minlength=len(rings.size))
     ordinal = rings.drawn[ordered] + _positions(draws)
@@ -61,7 +63,21 @@ def _shuffles(
     words = _mix(block_key[block] + position.astype(np.uint64) * GOLDEN)
     bits = np.uint64(len(turn).bit_length())
     sorting = (block << (np.uint64(64) - bits)) | (words >> bits)
-    return position[np.argsort(sorting, kind="stable")]
+    return position[stable_order(sorting)]
+
+
+def stable_order(words: Words) -> Integers:
+    """``np.argsort(words, kind="stable")``, in half the time where their upper bits all differ.
+
+    The places lie in the lower bits then, and the words themselves are sorted.
+    """
+    bits = np.uint64(len(words).bit_length())
+    places = np.arange(len(words), dtype=np.uint64)
+    packed = np.sort(words >> bits << bits | places)
+    upper = packed >> bits
+    if (upper[1:] == upper[:-1]).any():
+        return np.argsort(words, kind="stable")
+    return (packed & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
 
 
 def _mix(words: Words) -> Words:

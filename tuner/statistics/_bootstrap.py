@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from tuner import metrics
 from tuner.statistics._intervals import (
@@ -36,7 +35,7 @@ _MOST, _FEWEST = 1000, 200
 class _Statistic:
     """A metric as a function of weighted sums over the images.
 
-    ``table`` (N, M) is what is summed, ``reduce`` makes (R,) metrics from (R, M) sums, and
+    ``table`` (M, N) is what is summed, ``reduce`` makes (R,) metrics from (M, R) sums, and
     ``top`` is the largest metric possible. ``is_distance``: the metric is a norm of the sums,
     so noise in them only ever adds to it.
     """
@@ -92,15 +91,14 @@ def bootstrap_intervals_of_each(
     confidence: float = 0.95,
 ) -> list[dict[str, Interval | None]]:
     """``bootstrap_intervals`` of several outputs for the same images, which are resampled once."""
-    targets = targets.cpu()
+    targets = targets.cpu().long()
     judged = [_judged(outputs.detach().cpu(), targets, groups, confidence) for outputs in several]
     if resamples is None:
         resamples = max(_FEWEST, min(_MOST, _DRAWS // len(targets)))
-    weights = _resampled_weights(targets.numpy(), np.random.default_rng(seed), resamples)
     samples = [_Sample(statistic) for _, statistics in judged for statistic in statistics.values()]
-    for chunk in weights:
+    for weights in _resampled_weights(targets.numpy(), seed, resamples):
         for sample in samples:
-            sample.add(chunk)
+            sample.add(weights)
     found = iter(samples)
     z = normal_quantile(confidence)
     return [
@@ -113,29 +111,26 @@ def _judged(
     outputs: Tensor, targets: Tensor, groups: Groups, confidence: float
 ) -> tuple[dict[str, Interval | None], dict[str, _Statistic]]:
     """The intervals in closed form, and the metrics that need a bootstrap."""
-    logits = outputs.to(torch.float64) if outputs.ndim == 2 else None
     metrics.refuse_unusable(outputs)
-    predictions = outputs if logits is None else logits.argmax(1)
+    predictions = outputs.argmax(1) if outputs.ndim == 2 else outputs
     num_classes = sum(map(len, groups.named().values()))
     confusion = metrics.confusion_matrix(predictions, targets, num_classes)
     intervals: dict[str, Interval | None] = dict.fromkeys(metrics.METRICS)
     intervals |= _recall_intervals(confusion, groups, confidence)
     statistics = {"macro_f1": _f1_statistic(predictions, targets, confusion)}
-    if logits is not None:
-        statistics |= _probability_statistics(logits, targets)
+    if outputs.ndim == 2:
+        statistics |= _probability_statistics(outputs, predictions, targets)
     return intervals, statistics
 
 
 def _recall_intervals(
     confusion: Tensor, groups: Groups, confidence: float
 ) -> dict[str, Interval | None]:
-    hits, images = confusion.diagonal().double().numpy(), confusion.sum(1).double().numpy()
+    counts = confusion.sum(1)
+    hits, images = confusion.diagonal().double().numpy(), counts.double().numpy()
     intervals: dict[str, Interval | None] = {
         name: mean_recall_interval(
-            hits,
-            images,
-            metrics.recall_weights(name, confusion.sum(1), groups).numpy(),
-            confidence,
+            hits, images, metrics.recall_weights(name, counts, groups).numpy(), confidence
         )
         for name in metrics.RECALL_METRICS
     }
@@ -147,47 +142,50 @@ def _recall_intervals(
 
 def _f1_statistic(predictions: Tensor, targets: Tensor, confusion: Tensor) -> _Statistic:
     """Macro F1, from the hits and the predictions of each class."""
-    from scipy import sparse
-
-    num_classes, rows = len(confusion), np.arange(len(targets))
-    hits = (predictions == targets).double().numpy()
-    columns, shape = predictions.numpy(), (len(rows), num_classes)
-    predicted = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=shape)
-    right = sparse.csr_array((hits, (rows, columns)), shape=shape)
-    images = confusion.sum(1).double().numpy()
-    present = images > 0
+    num_classes, hits = len(confusion), (predictions == targets).double().numpy()
+    rows = np.stack([predictions.numpy(), predictions.numpy() + num_classes])
+    table = _table(rows, np.stack([hits, np.ones_like(hits)]), 2 * num_classes)
+    images = confusion.sum(1).double().numpy()[:, None]
+    present = images[:, 0] > 0
 
     def reduce(sums: Array) -> Array:
-        right, predicted = sums[:, :num_classes][:, present], sums[:, num_classes:][:, present]
-        mean: Array = (2 * right / (predicted + images[present])).mean(1)
+        right, predicted = sums[:num_classes][present], sums[num_classes:][present]
+        mean: Array = (2 * right / (predicted + images[present])).mean(0)
         return mean
 
-    return _Statistic(sparse.hstack([right, predicted], format="csr"), reduce)
+    return _Statistic(table, reduce)
 
 
-def _probability_statistics(logits: Tensor, targets: Tensor) -> dict[str, _Statistic]:
-    losses = F.cross_entropy(logits, targets, reduction="none").numpy()[:, None]
-    probabilities, present = logits.softmax(1), torch.bincount(targets).nonzero().flatten()
-    confidence, predictions = probabilities.max(1, keepdim=True)
+def _probability_statistics(
+    logits: Tensor, predictions: Tensor, targets: Tensor
+) -> dict[str, _Statistic]:
+    probabilities, losses = metrics.likelihoods(logits, targets)
+    present = np.flatnonzero(np.bincount(targets.numpy()))
+    hits = (predictions == targets).numpy()[None]
+    own = present[:, None] == targets.numpy()
     return {
-        "nll": _Statistic(losses, lambda sums: sums[:, 0] / len(losses), top=math.inf),
-        "ece": _gap_statistic(confidence, predictions == targets[:, None]),
-        "classwise_ece": _gap_statistic(probabilities[:, present], targets[:, None] == present),
+        "nll": _Statistic(losses[None], lambda sums: sums[0] / len(losses), top=math.inf),
+        "ece": _gap_statistic(probabilities.max(0, keepdims=True), hits),
+        "classwise_ece": _gap_statistic(probabilities[present], own),
     }
 
 
-def _gap_statistic(probabilities: Tensor, hits: Tensor) -> _Statistic:
-    """Calibration error of (N, K) tables, from the gaps of each column's bins."""
+def _gap_statistic(probabilities: Array, hits: NDArray[np.bool_]) -> _Statistic:
+    """Calibration error of (K, N) tables, from the gaps of each row's bins."""
+    bins, height = metrics.CALIBRATION_BINS, len(probabilities)
+    rows = metrics.confidence_bins(probabilities) + bins * np.arange(height)[:, None]
+    table, scale = _table(rows, probabilities - hits, height * bins), hits.size
+    return _Statistic(table, lambda sums: np.abs(sums).sum(0) / scale, is_distance=True)
+
+
+def _table(rows: NDArray[np.int64], values: Array, count: int) -> Any:
+    """A sparse table of ``count`` rows and a column per image, from its rows and values (k, N)."""
     from scipy import sparse
 
-    bins, (images, width) = metrics.CALIBRATION_BINS, probabilities.shape
-    cells = metrics.confidence_bins(probabilities) + bins * torch.arange(width)
-    gaps = (probabilities - hits.double()).flatten().numpy()
-    rows = np.repeat(np.arange(images), width)
-    shape = (images, width * bins)
-    table = sparse.csr_array((gaps, (rows, cells.flatten().numpy())), shape=shape)
-    scale = images * width
-    return _Statistic(table, lambda sums: np.abs(sums).sum(1) / scale, is_distance=True)
+    height, images = rows.shape
+    ends = np.arange(0, height * images + 1, height, dtype=np.int32)
+    parts = values.T.ravel(), rows.T.ravel().astype(np.int32), ends
+    return sparse.csc_array(parts, shape=(count, images))
 
 
 class _Sample:
@@ -195,14 +193,14 @@ class _Sample:
 
     def __init__(self, statistic: _Statistic) -> None:
         self.statistic = statistic
-        self.whole = np.ones((1, statistic.table.shape[0])) @ statistic.table
+        self.whole = statistic.table @ np.ones((statistic.table.shape[1], 1))
         self.estimate = float(statistic.reduce(self.whole)[0])
         self.values: list[Array] = []
         self.noise: list[Array] = []
 
     def add(self, weights: Array) -> None:
-        """Take the metric on resamples with these weights (r, N)."""
-        statistic, sums = self.statistic, weights @ self.statistic.table
+        """Take the metric on resamples with these weights (N, r)."""
+        statistic, sums = self.statistic, self.statistic.table @ weights
         self.values.append(statistic.reduce(sums))
         if statistic.is_distance:
             self.noise.append(statistic.reduce(sums - self.whole))
@@ -217,10 +215,22 @@ class _Sample:
         return Interval(max(float(low), 0.0), min(float(high), self.statistic.top))
 
 
-def _resampled_weights(
-    targets: NDArray[np.int64], rng: np.random.Generator, resamples: int
-) -> Iterator[Array]:
-    """Weights of the images in each resample, in chunks (r, N); a class's weights sum to n."""
+def _resampled_weights(targets: NDArray[np.int64], seed: int, resamples: int) -> Iterable[Array]:
+    """Weights of the images in each resample, in chunks (N, r); a class's weights sum to n.
+
+    They depend on nothing else: those of the last targets are kept, unless they are too many.
+    """
+    drawn = _kept if len(targets) * resamples <= _DRAWS else _drawn
+    return drawn(targets.tobytes(), seed, resamples)
+
+
+@lru_cache(maxsize=1)
+def _kept(targets: bytes, seed: int, resamples: int) -> tuple[Array, ...]:
+    return tuple(_drawn(targets, seed, resamples))
+
+
+def _drawn(of_images: bytes, seed: int, resamples: int) -> Iterator[Array]:
+    targets, rng = np.frombuffer(of_images, np.int64), np.random.default_rng(seed)
     order = np.argsort(targets, kind="stable")
     sizes = np.bincount(targets)[targets[order]]
     starts = np.searchsorted(targets[order], targets[order])
@@ -231,4 +241,4 @@ def _resampled_weights(
         drawn = order[starts + (rng.random((rows, len(order))) * sizes).astype(np.int64)]
         cells = (drawn + len(order) * np.arange(rows)[:, None]).ravel()
         weights: Any = np.bincount(cells, np.tile(scale, rows), minlength=rows * len(order))
-        yield weights.reshape(rows, -1)
+        yield np.ascontiguousarray(weights.reshape(rows, -1).T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,7 @@ def geometric_mean_interval(
     return Interval(min(low, estimate), min(max(high, estimate), 1.0))
 
 
+@lru_cache
 def normal_quantile(confidence: float) -> float:
     """The z that a normal variable stays within, on both sides, with this probability."""
     from scipy.special import ndtri
