@@ -131,7 +131,7 @@ class Lane:
         self.stage = stage
         training = self.recipe.training
         if training.reset_head:
-            with seeded(self.recipe.seed, "head", stage):
+            with seeded(self.recipe.seed, "head", stage, device=self.device):
                 self.model.head.reset_parameters()
             self._set_head_bias(self.model)
         self.freeze()
