@@ -15,11 +15,11 @@ from tuner.seeding import generator
 def fold(data: Data, index: int) -> Data:
     """The data with other validation images: as many of each class, out of the training part.
 
-    The images of a class stand in a ring, those of training shuffled and then those of
-    validation; fold ``index`` takes the next ones as 0 did before it. So the folds share no
-    image until the training part is used up, and the search's own validation images come last.
-    The test part, the class counts, and the mean and standard deviation that images are
-    normalised with stay. A validation part that was given, not carved, stays as it is.
+    The shuffled training images of a class stand in a ring, and each fold takes the next ones: the
+    folds share no image until the training part is used up, and never one with the search's own
+    validation part, which goes to training. The test part, the class counts, and the mean and
+    standard deviation that images are normalised with stay. A validation part that was given, not
+    carved, stays as it is.
     """
     if not data.carved:
         return data
@@ -28,9 +28,8 @@ def fold(data: Data, index: int) -> Data:
     targets = torch.cat([data.train.targets, data.validation.targets])
     taken = torch.zeros(int(counts.sum()), dtype=torch.bool)
     for name, members, own in _rings(data):
-        order = torch.randperm(len(members) - own, generator=generator("fold", name))
-        ring = torch.cat([members[order], members[len(order) :]])
-        taken[ring[(index * own + torch.arange(own)) % len(ring)]] = True
+        ring = members[torch.randperm(len(members), generator=generator("fold", name))]
+        taken[ring[(index * own + torch.arange(own)) % max(1, len(ring))]] = True
     parts = [
         Part(images.select(chosen), targets[chosen.to(targets.device)])
         for chosen in (torch.nonzero(~taken).flatten(), torch.nonzero(taken).flatten())
@@ -39,10 +38,9 @@ def fold(data: Data, index: int) -> Data:
 
 
 def _rings(data: Data) -> list[tuple[str, Tensor, int]]:
-    """Of each class its name, its images in both parts joined, and how many are validation's."""
+    """Of each class its name, its training images, and how many validation images it has."""
     train, validation = data.train.targets.cpu(), data.validation.targets.cpu()
-    both = torch.cat([train, validation])
     return [
-        (name, (both == c).nonzero().flatten(), int((validation == c).sum()))
+        (name, (train == c).nonzero().flatten(), int((validation == c).sum()))
         for c, name in enumerate(data.class_names)
     ]
