@@ -11,14 +11,19 @@ from climbers import CLIMBING, climb_to_the_top, end_next, merit
 from conftest import MakeFile, MakeSession
 from fleet import lease
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 
 from tuner import artifacts, confirmation, verdict
 from tuner.card import model_card
+from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.confirm import against, confirm_lines, contenders, is_decided, standings, winner
 from tuner.datasets import Data, fold
 from tuner.errors import StorageError, StudyFileError
 from tuner.export import collect_metrics, find_trial
 from tuner.ladder import rung_of
+from tuner.report import data as numbers
+from tuner.report import report_html
+from tuner.report.confirmed import confirmed_figure
 from tuner.rungs.attempt import Attempt
 from tuner.session import Session
 from tuner.tickets import fill_queue, ladder_state, retry_failed
@@ -336,7 +341,7 @@ def test_card_tells_the_spread_over_seeds_instead_of_that_there_was_one(
     assert best is not None
     metrics = collect_metrics(trained, best, best.user_attrs, digits, found)
     card = model_card(trained, best, digits, metrics)
-    assert "## tail_accuracy with 2 fresh seeds and other validation images" in card
+    assert "## adjusted tail_accuracy with 2 fresh seeds and other validation images" in card
     assert "One training with one seed" not in card
 
 
@@ -347,3 +352,38 @@ def test_differences_to_plain_cross_entropy_are_paired_by_seed(trained: Session)
     a, b = (each.metric("balanced_accuracy", adjusted=True) for each in (first, other))
     assert found.estimate == pytest.approx(sum(a[i] - b[i] for i in (0, 1)) / 2)
     assert found.interval.low <= found.estimate <= found.interval.high
+
+
+def test_report_shows_what_luck_gave(trained: Session, digits: Data) -> None:
+    assert numbers.confirmed_data(trained) is None, "nothing was compared yet"
+    verdict.decide(trained, digits)
+    data, best = numbers.confirmed_data(trained), trained.best()
+    assert data is not None
+    assert best is not None
+    first = data.recipes[0]
+    assert (first.trial, first.search) == (best.number, best.values[0])
+    assert first.fresh.mean == pytest.approx(sum(first.fresh.values) / 2)
+    assert all((r.test is None) == (r.role == "recipe" and r is not first) for r in data.recipes)
+    page = report_html(trained)
+    assert "<h2>Confirmed</h2>" in page
+    figure = confirmed_figure(data)
+    drawn = {trace.name: len(trace.x) for trace in figure.data}
+    looked_at = sum(r.test is not None for r in data.recipes)
+    assert drawn == {
+        "fresh seeds": 2 * len(data.recipes),
+        "fresh seeds, test part": 2 * looked_at,
+        "in the search": len(data.recipes),
+    }
+
+
+def test_terminal_shows_the_table_and_what_it_does_not_tell(
+    trained: Session, digits: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = verdict.decide(trained, digits)
+    assert found is not None
+    Console(width=80).print(confirmed_table(found["confirmed"], "tail_accuracy"))
+    shown = capsys.readouterr().out
+    assert "adjusted tail_accuracy with 2 fresh seeds, other validation images" in shown
+    assert "cross-entropy" in shown
+    [first, *_] = confirmed_lines(found["confirmed"], "tail_accuracy")
+    assert first.startswith(f"Trial {found['best']} had ")

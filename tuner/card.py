@@ -135,6 +135,7 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
     if not found:
         return []
     metric, images = session.file.objective.metric, " and other validation images"
+    name = f"adjusted {metric}" if found["adjusted"] else metric
     first, *others = found["recipes"]
     rows = [first, *(row for row in others if row["role"] != "recipe")]
     on_test = {each["trial"]: each["metrics"][metric] for each in found["test"]}
@@ -146,7 +147,7 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
     return [
         "\n".join(
             [
-                f"## {metric} with {found['seeds']} fresh seeds{images * found['other_images']}",
+                f"## {name} with {found['seeds']} fresh seeds{images * found['other_images']}",
                 "",
                 "| recipe | in the search | validation, mean ± sd | test, mean ± sd |",
                 "|---|---|---|---|",

@@ -36,6 +36,7 @@ def confirmation(
     return {
         "seeds": session.file.ladder.confirm.seeds,
         "other_images": data.carved,
+        "adjusted": session.file.objective.adjusted,
         "recipes": _rows(session, found, plain, names),
         "rivals": [each.trial.number for each in found[1:] if _is_rival(session, found[0], each)],
         "test": [] if data.test is None else _on_test(session, found, data, names, device),

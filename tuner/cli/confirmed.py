@@ -15,7 +15,8 @@ from tuner.confirm import ROLE_NAMES
 def confirmed_table(found: dict[str, Any], metric: str) -> Table:
     """Every recipe of the rung: what the search saw, and what fresh seeds give."""
     images = ", other validation images" if found["other_images"] else ""
-    table = Table(title=f"{metric} with {found['seeds']} fresh seeds{images}")
+    name = f"adjusted {metric}" if found["adjusted"] else metric
+    table = Table(title=f"{name} with {found['seeds']} fresh seeds{images}")
     table.add_column("recipe", min_width=16)
     for column in ("search", "fresh seeds", "to plain CE", "test"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -131,6 +131,8 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
             "There is no test part: these are the images the search chose by, so expect less on "
             "new ones. Set data.test_fraction to know."
         )
+    elif verdict.get("confirmed"):
+        pass  # What the search saw stands beside what fresh seeds gave.
     elif verdict["validation_value"] is not None and verdict["test_value"] is not None:
         seen, now = (amount(metric, verdict[k]) for k in ("validation_value", "test_value"))
         lines.append(

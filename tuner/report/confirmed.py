@@ -22,10 +22,12 @@ def confirmed(found: ConfirmedData | None) -> Iterator[Html]:
     yield element("h2", "Confirmed")
     yield element("p", shrinkage(found))
     images = " and on other validation images" if found.other_images else ""
+    adjusted = ", all with logit adjustment" if found.adjusted else ""
+    name = f"{label(found.metric).capitalize()}{adjusted}"
     yield table(
-        f"{label(found.metric).capitalize()}: what each recipe was picked for, and mean ± standard "
-        f"deviation with {found.seeds} fresh seeds{images}. The best recipe is chosen by all of "
-        "these; plain cross-entropy and the best one are then looked at on the test part.",
+        f"{name}: what each recipe was picked for, and mean ± standard deviation with "
+        f"{found.seeds} fresh seeds{images}. The best recipe is chosen by all of these; plain "
+        "cross-entropy and the best one are then looked at on the test part.",
         HEADS,
         [_row(found, recipe) for recipe in found.recipes],
     )

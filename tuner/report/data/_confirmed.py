@@ -59,6 +59,7 @@ class ConfirmedData:
     metric: str
     seeds: int
     other_images: bool
+    adjusted: bool
     recipes: tuple[ConfirmedRecipe, ...]
     rivals: tuple[int, ...]
 
@@ -75,6 +76,7 @@ def confirmed_data(session: Session) -> ConfirmedData | None:
         metric=metric,
         seeds=found["seeds"],
         other_images=found["other_images"],
+        adjusted=found["adjusted"],
         recipes=tuple(_recipe(row, metric, test.get(row["trial"])) for row in found["recipes"]),
         rivals=tuple(found["rivals"]),
     )
