@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tuner.datasets import ResidentImages, StreamedImages
-from tuner.datasets._decode import decode, decode_all
+from tuner.datasets._decode import decode, decoded
 from tuner.datasets._images import channel_statistics
 from tuner.errors import DataError
 
@@ -87,7 +87,7 @@ def test_all_broken_files_are_counted_and_five_are_named(tmp_path: Path, files: 
     for path in files[:7]:
         Path(path).write_bytes(Path(path).read_bytes()[:60])
     with pytest.raises(DataError, match=r"7 of 9 images cannot be decoded.*and 2 more") as error:
-        decode_all(files, 8, 3)
+        decoded(files, 8, 3)
     assert [path in str(error.value) for path in files] == [True] * 5 + [False] * 4
 
 
@@ -95,7 +95,7 @@ def test_large_files_decoded_by_many_threads_stay_in_order(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (130, 80, 80, 3), dtype=np.uint8)
     paths = [save(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(noise)]
-    assert np.array_equal(decode_all(paths, 80, 3), noise.transpose(0, 3, 1, 2))
+    assert np.array_equal(decoded(paths, 80, 3), noise.transpose(0, 3, 1, 2))
 
 
 def test_files_that_are_no_images_or_empty_are_broken(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_truncated_jpeg_is_broken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streamed_and_resident_images_give_the_same_batches(files: list[str], workers: int) -> None:
-    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    resident = ResidentImages(torch.from_numpy(decoded(files, 8, 3)))
     streamed = StreamedImages(tuple(files), 8, 3)
     order = [torch.tensor([3, 0, 3]), torch.tensor([8])]
     assert (len(streamed), streamed.shape) == (len(resident), resident.shape) == (9, (3, 8, 8))
@@ -125,7 +125,7 @@ def test_streamed_and_resident_images_give_the_same_batches(files: list[str], wo
 
 
 def test_select_keeps_the_order_asked_for(files: list[str]) -> None:
-    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    resident = ResidentImages(torch.from_numpy(decoded(files, 8, 3)))
     streamed = StreamedImages(tuple(files), 8, 3)
     chosen = torch.tensor([7, 2])
     (expected,) = resident.batches([chosen])

@@ -11,8 +11,8 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner import artifacts
+from tuner.alone import cache_folder
 from tuner.augment import Augmenter
-from tuner.backends import cache_folder
 from tuner.datasets import Data
 from tuner.errors import TunerError
 from tuner.heads import COHORT, Features, HeadResult, cached_features, train_heads

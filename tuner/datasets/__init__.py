@@ -5,7 +5,7 @@ from __future__ import annotations
 from tuner.datasets import _arrays, _folders  # noqa: F401  (they register their data sets)
 from tuner.datasets._base import DATASETS, RESIDENT_LIMIT, Dataset
 from tuner.datasets._data import Data, Part
-from tuner.datasets._images import Images, ResidentImages, StreamedImages
+from tuner.datasets._images import Images, MappedImages, ResidentImages, StreamedImages
 from tuner.datasets._profiles import PROFILES, Profile
 from tuner.datasets._split import validation_counts
 
@@ -16,6 +16,7 @@ __all__ = [
     "Data",
     "Dataset",
     "Images",
+    "MappedImages",
     "Part",
     "Profile",
     "ResidentImages",
