@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tuner.datasets import ResidentImages, StreamedImages
-from tuner.datasets._decode import decode, decode_all
+from tuner.datasets import MappedImages, ResidentImages, StreamedImages
+from tuner.datasets._decode import _by_pillow, decode, decoded
 from tuner.datasets._images import channel_statistics
 from tuner.errors import DataError
 
@@ -87,7 +87,7 @@ def test_all_broken_files_are_counted_and_five_are_named(tmp_path: Path, files: 
     for path in files[:7]:
         Path(path).write_bytes(Path(path).read_bytes()[:60])
     with pytest.raises(DataError, match=r"7 of 9 images cannot be decoded.*and 2 more") as error:
-        decode_all(files, 8, 3)
+        decoded(files, 8, 3)
     assert [path in str(error.value) for path in files] == [True] * 5 + [False] * 4
 
 
@@ -95,7 +95,7 @@ def test_large_files_decoded_by_many_threads_stay_in_order(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (130, 80, 80, 3), dtype=np.uint8)
     paths = [save(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(noise)]
-    assert np.array_equal(decode_all(paths, 80, 3), noise.transpose(0, 3, 1, 2))
+    assert np.array_equal(decoded(paths, 80, 3), noise.transpose(0, 3, 1, 2))
 
 
 def test_files_that_are_no_images_or_empty_are_broken(tmp_path: Path) -> None:
@@ -104,6 +104,46 @@ def test_files_that_are_no_images_or_empty_are_broken(tmp_path: Path) -> None:
     for name in ("text.png", "empty.png", "missing.png"):
         with pytest.raises(DataError, match=name):
             decode(str(tmp_path / name), 8, 3)
+
+
+def by_pillow(path: Path, size: int, channels: int) -> NDArray[np.int64]:
+    with Image.open(path) as image:
+        return _by_pillow(image, size, channels).astype(int)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_has_the_same_pixels_with_either_decoder(
+    tmp_path: Path, orientation: int, channels: int
+) -> None:
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(6, 40, 56)).save(path, exif=exif)
+    assert np.array_equal(decode(str(path), 40, channels), by_pillow(path, 40, channels))
+
+
+@pytest.mark.parametrize("size", [24, 60])
+def test_a_scaled_jpeg_looks_the_same_with_either_decoder(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(7, 40, 56)).save(path)
+    difference = np.abs(decode(str(path), size, 3) - by_pillow(path, size, 3))
+    assert (difference.mean() < 1, difference.max() < 8) == (True, True)
+
+
+def test_a_jpeg_that_only_its_xmp_says_to_turn_is_turned(tmp_path: Path) -> None:
+    path, pixels = tmp_path / "a.jpg", picture(4, 64, 64)
+    about = b'<x:xmpmeta><rdf:li tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(pixels).save(path, quality=100, xmp=about)
+    turned = np.rot90(pixels, -1).astype(int)
+    decoded_pixels = decode(str(path), 64, 3).transpose(1, 2, 0).astype(int)
+    assert np.abs(decoded_pixels - turned).mean() < 12 < np.abs(decoded_pixels - pixels).mean()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_print_jpegs_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(3, 8, 8)).convert(mode).save(path)
+    assert np.array_equal(decode(str(path), 8, 3), by_pillow(path, 8, 3))
 
 
 def test_a_truncated_jpeg_is_broken(tmp_path: Path) -> None:
@@ -116,7 +156,7 @@ def test_a_truncated_jpeg_is_broken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streamed_and_resident_images_give_the_same_batches(files: list[str], workers: int) -> None:
-    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    resident = ResidentImages(torch.from_numpy(decoded(files, 8, 3)))
     streamed = StreamedImages(tuple(files), 8, 3)
     order = [torch.tensor([3, 0, 3]), torch.tensor([8])]
     assert (len(streamed), streamed.shape) == (len(resident), resident.shape) == (9, (3, 8, 8))
@@ -125,13 +165,38 @@ def test_streamed_and_resident_images_give_the_same_batches(files: list[str], wo
 
 
 def test_select_keeps_the_order_asked_for(files: list[str]) -> None:
-    resident = ResidentImages(torch.from_numpy(decode_all(files, 8, 3)))
+    resident = ResidentImages(torch.from_numpy(decoded(files, 8, 3)))
     streamed = StreamedImages(tuple(files), 8, 3)
     chosen = torch.tensor([7, 2])
     (expected,) = resident.batches([chosen])
     for images in (resident.select(chosen), streamed.select(chosen)):
         (batch,) = images.to("cpu").batches([torch.arange(2)])
         assert torch.equal(batch, expected)
+
+
+def test_mapped_images_give_the_same_batches_in_the_order_asked_for(files: list[str]) -> None:
+    pixels = torch.from_numpy(decoded(files, 8, 3))
+    mapped = MappedImages(pixels, torch.arange(9)).select(torch.tensor([8, 1, 4]))
+    assert (len(mapped), mapped.shape) == (3, (3, 8, 8))
+    (batch,) = mapped.to("cpu").batches([torch.tensor([2, 0])])
+    assert torch.equal(batch, pixels[[4, 8]])
+
+
+def test_batches_gathered_ahead_come_all_and_in_order(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)  # needs a GPU
+    mapped = MappedImages(torch.from_numpy(decoded(files, 8, 3)), torch.arange(9))
+    order = list(torch.split(torch.arange(9).flip(0), 2))
+    ahead = list(mapped.batches(order, pin=True))
+    assert torch.equal(torch.cat(ahead), mapped.tensor.flip(0))
+
+
+def test_images_in_a_row_are_selected_without_a_copy() -> None:
+    images = ResidentImages(torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8))
+    part = images.select(torch.arange(2, 5))
+    assert torch.equal(part.tensor, images.tensor[2:5])
+    assert part.tensor.data_ptr() == images.tensor[2].data_ptr()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,10 +1,17 @@
-"""One process of a machine at a time: the others wait, and find what it made."""
+"""What a machine makes once: where it is kept, and one process at a time that makes it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again: ``TUNER_CACHE``, or the user's caches."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from tuner import contest
-from tuner.alone import alone
+from tuner.alone import alone, cache_folder
 from tuner.compiled import is_wanted
 from tuner.datasets import Data, ResidentImages
 from tuner.lane import Lane
@@ -218,12 +218,6 @@ def _clock(device: str) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps what can be made again: ``TUNER_CACHE``, or the user's caches."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner")
 
 
 def _file() -> Path:

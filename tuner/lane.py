@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tuner.augment import Drawn, StandardAugmenter, on_device
 from tuner.checkpoint import Snapshot
-from tuner.chunks import logits_in_chunks, number_of_chunks
+from tuner.chunks import cached_batch, logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images, ResidentImages
 from tuner.lane_state import restore, snapshot
@@ -23,8 +23,8 @@ from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import for_each_stage
 
 EVALUATION_BATCH = 512
-CACHED_BATCH = 256
-"""Of more images the maps leave a processor's cache: ResNet-20 takes 1.7 times as long with 512."""
+LOADED_PIXELS = 2**22
+"""Of larger evaluation batches those loaded ahead would fill the memory that processes share."""
 MAX_LOADERS = 4
 
 
@@ -276,7 +276,11 @@ class Lane:
 
     def _evaluation_batch(self) -> int:
         """Without gradients twice the images fit; on a processor, few maps fit into its cache."""
-        most = CACHED_BATCH if self.device.type == "cpu" else EVALUATION_BATCH
+        _, height, width = self.data.image_shape
+        fitting = LOADED_PIXELS // (height * width)
+        if self.device.type == "cpu":
+            fitting = cached_batch(height, width)
+        most = max(1, min(EVALUATION_BATCH, fitting))
         return min(most, 2 * (self.micro_batch or most))
 
     def snapshot(self) -> Snapshot:

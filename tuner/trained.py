@@ -11,8 +11,8 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner import artifacts
+from tuner.alone import cache_folder
 from tuner.augment import Augmenter
-from tuner.backends import cache_folder
 from tuner.confirm import fold_of
 from tuner.datasets import Data, fold
 from tuner.errors import TunerError

@@ -6,7 +6,7 @@ from tuner.datasets import _arrays, _folders  # noqa: F401  (they register their
 from tuner.datasets._base import DATASETS, RESIDENT_LIMIT, Dataset
 from tuner.datasets._data import Data, Part
 from tuner.datasets._folds import fold
-from tuner.datasets._images import Images, ResidentImages, StreamedImages
+from tuner.datasets._images import Images, MappedImages, ResidentImages, StreamedImages
 from tuner.datasets._profiles import PROFILES, Profile
 from tuner.datasets._split import validation_counts
 
@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "Dataset",
     "Images",
+    "MappedImages",
     "Part",
     "Profile",
     "ResidentImages",

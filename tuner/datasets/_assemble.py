@@ -78,7 +78,9 @@ def assemble(name: str, sources: Sources, rules: Rules, resident_limit: int) -> 
         groups=groups,
         class_counts=class_counts(train.targets, len(names)),
         pool_counts=plan.pool_counts,
-        fingerprint=fingerprint(name, train.images.shape, names, identities, classes),
+        fingerprint=fingerprint(
+            name, train.images.shape, names, identities, classes, sources.decoder
+        ),
         warnings=(
             *sources.warnings,
             *_small_classes(names, plan, chosen),

@@ -98,9 +98,14 @@ def fingerprint(
     class_names: Sequence[str],
     identities: Mapping[str, Sequence[Identity]],
     classes: Mapping[str, Sequence[int]],
+    decoder: str = "",
 ) -> str:
-    """SHA-256 over all names, and over the identity and class of each sample of each part."""
+    """SHA-256 over all names, and over the identity and class of each sample of each part.
+
+    Where there is a ``decoder`` it counts too: another one makes other pixels of the same files.
+    """
     total = hashlib.sha256(repr((name, shape, tuple(class_names))).encode())
+    total.update(decoder.encode())
     for part, samples in identities.items():
         total.update(repr(part).encode())
         for (key, digest), target in zip(samples, classes[part], strict=True):

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from tuner.datasets._base import DATASETS, Dataset, resolve
+from tuner.datasets._decode import DECODER
 from tuner.datasets._download import fetch
 from tuner.datasets._sources import FolderSource, Sources
 from tuner.errors import DataError
@@ -110,6 +111,7 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         validation=sources.get("validation"),
         test=sources.get("test"),
         warnings=tuple(_unread(parts.values())),
+        decoder=DECODER,
     )
 
 

@@ -1,8 +1,9 @@
-"""Images held as one tensor, or as files that worker processes decode while training runs."""
+"""Images as one tensor, mapped from disk, or as files that processes decode while training runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,10 @@ PADDED_BYTES = 2**28
 
 @dataclass(frozen=True, eq=False)
 class ResidentImages:
-    """All images in one uint8 tensor (N, c, H, W)."""
+    """All images in one uint8 tensor (N, c, H, W): never write to it.
+
+    It may be mapped from disk; then the processes of a machine share the memory it takes.
+    """
 
     tensor: Tensor
     padded: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -38,7 +42,9 @@ class ResidentImages:
         return channels, height, width
 
     def select(self, indices: Tensor) -> ResidentImages:
-        """The images at ``indices`` (n,), in that order."""
+        """The images at ``indices`` (n,), in that order; those in a row are not copied."""
+        if _in_a_row(indices):
+            return ResidentImages(self.tensor[int(indices[0]) : int(indices[-1]) + 1])
         return ResidentImages(self.tensor[indices.to(self.tensor.device)])
 
     def crops(self, margin: int) -> Tensor | None:
@@ -67,6 +73,46 @@ class ResidentImages:
     def to(self, device: torch.device | str) -> ResidentImages:
         """The same images on ``device``."""
         return ResidentImages(self.tensor.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class MappedImages:
+    """Images of a uint8 tensor mapped from disk (M, c, H, W), too many to lie on a GPU.
+
+    They are those at ``rows`` (N,) of the tensor, which stays where it is.
+    """
+
+    tensor: Tensor
+    rows: Tensor
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> Shape:
+        """Channels, height and width of one image."""
+        channels, height, width = self.tensor.shape[1:]
+        return channels, height, width
+
+    def select(self, indices: Tensor) -> MappedImages:
+        """The images at ``indices`` (n,), in that order."""
+        return replace(self, rows=self.rows[indices.cpu()])
+
+    def batches(
+        self, index_batches: Sequence[Tensor], *, workers: int = 0, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the images of each index tensor, uint8 (B, c, H, W), on ``device``.
+
+        With ``pin`` a thread gathers ahead into page-locked memory. ``workers`` are not needed.
+        """
+        each = (self.tensor[self.rows[indices.cpu()]] for indices in index_batches)
+        batches = _gathered_ahead(self, index_batches) if pin else each
+        yield from _copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def to(self, device: torch.device | str) -> MappedImages:
+        """The same images, with batches delivered on ``device``."""
+        return replace(self, device=torch.device(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +165,15 @@ class StreamedImages:
         return replace(self, device=torch.device(device))
 
 
-Images = ResidentImages | StreamedImages
+Images = ResidentImages | MappedImages | StreamedImages
 
 
 def joined(first: Images, second: Images) -> Images:
     """The images of two parts of one data set, one after the other."""
     if isinstance(first, ResidentImages) and isinstance(second, ResidentImages):
         return ResidentImages(torch.cat([first.tensor, second.tensor]))
+    if isinstance(first, MappedImages) and isinstance(second, MappedImages):
+        return replace(first, rows=torch.cat([first.rows, second.rows]))
     assert isinstance(first, StreamedImages)
     assert isinstance(second, StreamedImages)
     return replace(first, paths=first.paths + second.paths)
@@ -159,6 +207,25 @@ def _decoded(batch: Tensor | DataError) -> Tensor:
     if isinstance(batch, DataError):
         raise batch
     return batch
+
+
+def _in_a_row(indices: Tensor) -> bool:
+    return len(indices) > 0 and bool((indices.diff() == 1).all())
+
+
+def _gathered_ahead(images: MappedImages, index_batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Batches in page-locked memory; a thread makes the next while one is used."""
+
+    def gather(indices: Tensor) -> Tensor:
+        return images.tensor[images.rows[indices.cpu()]].pin_memory()
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = [thread.submit(gather, indices) for indices in index_batches[:1]]
+        for indices in index_batches[1:]:
+            coming.append(thread.submit(gather, indices))
+            yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
 
 
 def _copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:

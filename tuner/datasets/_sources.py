@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tuner.datasets._data import Identity
-from tuner.datasets._decode import decode_all
-from tuner.datasets._images import Images, ResidentImages, StreamedImages
+from tuner.datasets._decode import decoded
+from tuner.datasets._images import Images, MappedImages, ResidentImages, StreamedImages
+from tuner.datasets._stored import WORTH_KEEPING, stored
 
 DIGEST_EDGE = 8 * 1024
 """Bytes read at either end of a file for its digest.
@@ -40,13 +41,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The samples of a data set as it comes; None for parts that it does not have."""
+    """The samples of a data set as it comes; None for parts that it does not have.
+
+    ``decoder`` says how files become pixels, where there are files: it changes the fingerprint.
+    """
 
     class_names: tuple[str, ...]
     train: Source
     validation: Source | None = None
     test: Source | None = None
     warnings: tuple[str, ...] = ()
+    decoder: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,24 +84,41 @@ class FolderSource:
     targets: Tensor
     size: int
     channels: int
+    known: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     def images(self, indices: Tensor, resident_limit: int) -> Images:
         """The images at ``indices`` (n,), in memory if they need no more bytes than the limit.
+
+        Beyond the limit they are mapped from the machine's cache of decoded images, or streamed
+        where that has no room for them. Up to the limit too all processes share the cache.
 
         Raises:
             DataError: Images are broken; those of streamed images show when they are read.
         """
         paths = self._files(indices)
-        if len(paths) * self.channels * self.size**2 > resident_limit:
+        need, pixels = len(paths) * self.channels * self.size**2, None
+        if need >= WORTH_KEEPING:
+            pixels = stored(paths, self._digests(indices), self.size, self.channels)
+        if need <= resident_limit:
+            if pixels is None:
+                pixels = torch.from_numpy(decoded(paths, self.size, self.channels))
+            return ResidentImages(pixels)
+        if pixels is None:
             return StreamedImages(tuple(paths), self.size, self.channels)
-        return ResidentImages(torch.from_numpy(decode_all(paths, self.size, self.channels)))
+        return MappedImages(pixels, torch.arange(len(paths)))
 
     def identities(self, indices: Tensor) -> list[Identity]:
         """Name and content digest of the samples at ``indices`` (n,)."""
-        with ThreadPool(os.cpu_count()) as pool:
-            digests = pool.map(_file_digest, self._files(indices), chunksize=64)
         names = [self.paths[i] for i in indices.tolist()]
-        return list(zip(names, digests, strict=True))
+        return list(zip(names, self._digests(indices), strict=True))
+
+    def _digests(self, indices: Tensor) -> list[bytes]:
+        """Content digest of each file; none is read twice."""
+        unknown = [i for i in indices.tolist() if i not in self.known]
+        with ThreadPool(os.cpu_count()) as pool:
+            found = pool.map(_file_digest, self._files(torch.tensor(unknown)), chunksize=64)
+        self.known.update(zip(unknown, found, strict=True))
+        return [self.known[i] for i in indices.tolist()]
 
     def _files(self, indices: Tensor) -> list[str]:
         return [f"{self.root}/{self.paths[i]}" for i in indices.tolist()]

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from tuner.alone import alone
 from tuner.augment import Augmenter
+from tuner.chunks import cached_batch
 from tuner.datasets import Data, Images
 from tuner.errors import TunerError
 from tuner.models import Classifier
 from tuner.seeding import generator
 
 LAYOUT = "tuner-features-1"
-BATCH = 512
+BATCH, PIXELS = 512, 2**21
+"""Most images, and most pixels of a channel, that are loaded at a time."""
 MAX_LOADERS = 4
 
 
@@ -83,13 +85,22 @@ def cached_features(
 
 
 def _key(model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int) -> str:
-    known = (LAYOUT, data.fingerprint, copies, seed, repr(model.backbone), model.repeat_channels)
+    known = (
+        *(LAYOUT, data.fingerprint, copies, seed, batch_size(data.image_shape)),
+        *(repr(model.backbone), model.repeat_channels),
+    )
     total = hashlib.sha256(repr(known).encode())
     about = (type(augment).__qualname__, getattr(augment, "settings", None))
     total.update(repr(about).encode())
     for module in (model.backbone, augment):
         _digest(total, module)
     return total.hexdigest()
+
+
+def batch_size(image_shape: tuple[int, int, int]) -> int:
+    """Images loaded at a time: the same on every device, as augmentation is drawn by batch."""
+    _, height, width = image_shape
+    return max(1, min(BATCH, PIXELS // (height * width)))
 
 
 def _digest(total: Any, module: nn.Module) -> None:
@@ -165,15 +176,26 @@ class _Maker:
         self, images: Images, targets: Tensor | None, draws: torch.Generator | None
     ) -> Tensor:
         """Features (N, D) in the order of the images, augmented if there are ``draws``."""
-        batches = torch.split(torch.arange(len(images)), BATCH)
+        batches = torch.split(torch.arange(len(images)), batch_size(images.shape))
         workers = min(MAX_LOADERS, os.cpu_count() or 1)
         loaded = images.batches(batches, workers=workers, pin=self.device.type == "cuda")
         made = []
         for indices, batch in zip(batches, loaded, strict=True):
             inputs = self._inputs(batch.to(self.device), indices, targets, draws)
-            found = self.model.features(inputs.contiguous(memory_format=torch.channels_last))
-            made.append((found.float() / self.scale).to(self._dtype(targets)).cpu())
+            found = torch.cat(
+                [self._made(some) for some in torch.split(inputs, self._at_once(inputs))]
+            )
+            made.append((found / self.scale).to(self._dtype(targets)).cpu())
         return torch.cat(made)
+
+    def _made(self, inputs: Tensor) -> Tensor:
+        """Features (n, D) float32 of normalised images (n, c, H, W)."""
+        found: Tensor = self.model.features(inputs.contiguous(memory_format=torch.channels_last))
+        return found.float()
+
+    def _at_once(self, inputs: Tensor) -> int:
+        """Images that the backbone sees at a time: on a processor few maps fit into its cache."""
+        return cached_batch(*inputs.shape[-2:]) if self.device.type == "cpu" else len(inputs)
 
     def _inputs(
         self,
