@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_folders import dataset, folder, photos, pixels
 
-from tuner.datasets import Data, ResidentImages, StreamedImages, fold
+from tuner.datasets import Data, MappedImages, ResidentImages, StreamedImages, fold
 from tuner.datasets import Part as DataPart
 
 
@@ -75,6 +75,20 @@ def test_streamed_images_are_divided_by_their_files(tmp_path: Path) -> None:
     assert isinstance(other.validation.images, StreamedImages)
     assert isinstance(data.validation.images, StreamedImages)
     assert not set(other.validation.images.paths) & set(data.validation.images.paths)
+    [images] = other.validation.images.batches([torch.arange(len(other.validation))])
+    expected = pixels(fold(source.build(), 0).validation)
+    assert [image.numpy().tobytes() for image in images] == expected
+
+
+def test_mapped_images_are_divided_by_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tuner.datasets._sources.WORTH_KEEPING", 1)
+    source = folder(photos(tmp_path / "photos", {"cat": 10, "dog": 10}))
+    data = source.build(resident_limit=0)
+    assert isinstance(data.validation.images, MappedImages)
+    other = fold(data, 0)
     [images] = other.validation.images.batches([torch.arange(len(other.validation))])
     expected = pixels(fold(source.build(), 0).validation)
     assert [image.numpy().tobytes() for image in images] == expected
