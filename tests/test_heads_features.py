@@ -189,6 +189,21 @@ def test_features_that_are_not_finite_are_refused(
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_backbone_that_sees_few_images_at_a_time_gives_the_same_features(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pixel_features(digits, tmp_path / "whole")
+    monkeypatch.setattr(module, "cached_batch", lambda *_: 7)
+    few = pixel_features(digits, tmp_path / "few")
+    assert few.key == whole.key
+    assert unlike(few.train.float(), whole.train.float()) < 1e-3
+
+
+def test_few_large_images_are_loaded_at_a_time() -> None:
+    sizes = [module.batch_size((3, side, side)) for side in (8, 64, 224, 2048)]
+    assert sizes == [512, 512, 41, 1]
+
+
 def test_streamed_images_give_the_features_of_resident_ones(tmp_path: Path) -> None:
     photos(tmp_path / "images", {"a": 12, "b": 9})
     root = str(tmp_path / "images")

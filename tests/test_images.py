@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tuner.datasets import MappedImages, ResidentImages, StreamedImages
+from tuner.datasets import MappedImages, ResidentImages, StreamedImages, _images
 from tuner.datasets._decode import _by_pillow, decode, decoded
 from tuner.datasets._images import channel_statistics
 from tuner.errors import DataError
@@ -231,6 +231,15 @@ def test_statistics_of_many_streamed_images_use_a_sample(files: list[str]) -> No
     streamed = StreamedImages(tuple(files), 8, 3)
     every_third = streamed.select(torch.tensor([0, 3, 6]))
     assert channel_statistics(streamed, at_most=3) == channel_statistics(every_third)
+
+
+def test_statistics_of_many_large_images_in_memory_are_those_of_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = ResidentImages(torch.randint(0, 256, (9, 3, 4, 5), dtype=torch.uint8))
+    monkeypatch.setattr(_images, "COUNTED_BYTES", 100)
+    every_third = channel_statistics(images.select(torch.tensor([0, 3, 6])))
+    assert channel_statistics(images, at_most=3) == every_third
 
 
 @pytest.mark.gpu

@@ -16,7 +16,8 @@ from test_trainer_interruption import stopped
 from torch import Tensor, nn
 from trainer_cases import VARIED, recipe, trained
 
-from tuner.chunks import logits_in_chunks, number_of_chunks
+from tuner import lane as lane_module
+from tuner.chunks import cached_batch, logits_in_chunks, number_of_chunks
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.losses import LOSSES
@@ -219,3 +220,16 @@ def test_micro_batches_need_less_memory_on_the_gpu(digits: Data) -> None:
         list(epochs(which, data, device="cuda", micro_batch=micro_batch, execution="plain"))
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
+
+
+def test_the_larger_the_images_the_fewer_are_evaluated_at_a_time() -> None:
+    assert [cached_batch(side, side) for side in (32, 64, 224)] == [256, 64, 8]
+
+
+def test_logits_are_the_same_whatever_is_evaluated_at_a_time(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(recipe(model={"name": "mlp"}), digits, "cpu")
+    whole = lane.logits(digits.validation.images)
+    monkeypatch.setattr(lane_module, "cached_batch", lambda *_: 7)
+    torch.testing.assert_close(lane.logits(digits.validation.images), whole)

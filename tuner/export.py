@@ -200,7 +200,8 @@ def retrain(
     if known and known != data.fingerprint:
         raise DataError(
             f"the data are not those the recipe was found with (fingerprint "
-            f"{data.fingerprint[:12]}, the recipe has {known[:12]}); use the same files, or "
+            f"{data.fingerprint[:12]}, the recipe has {known[:12]}); use the same files "
+            "and the same version of Tuner, or "
             "remove fingerprint from [provenance] to train on these"
         )
     torch.set_num_threads(1)

@@ -23,7 +23,8 @@ def check_data(attrs: Mapping[str, Any], data: Data, name: str) -> None:
     if known is not None and known != data.fingerprint:
         raise DataError(
             f"the data are not those study {name!r} was created with (fingerprint "
-            f"{data.fingerprint[:12]}, the study has {known[:12]}); use the same files, "
+            f"{data.fingerprint[:12]}, the study has {known[:12]}); use the same files "
+            "and the same version of Tuner, "
             "or give the study a new name"
         )
 

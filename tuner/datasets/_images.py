@@ -20,6 +20,8 @@ from tuner.seeding import generator
 Shape = tuple[int, int, int]
 PADDED_BYTES = 2**28
 """Room for CIFAR-10; every process of a machine keeps its own."""
+COUNTED_BYTES = 2**28
+"""All pixels of CIFAR-10 are counted in 0.2 s; 10,000 images of 160x160 would take 8 s."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,11 +259,13 @@ def channel_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in units of 1 = full brightness (255).
 
-    Streamed images are represented by ``at_most`` of them, evenly spaced. A channel without
-    any contrast gets the standard deviation of one grey level, so that dividing stays finite.
+    Images that are streamed, or are more than ``COUNTED_BYTES``, are represented by ``at_most`` of
+    them, evenly spaced. A channel without any contrast gets the standard deviation of one grey
+    level, so that dividing stays finite.
     """
     total = len(images)
-    step = 1 if isinstance(images, ResidentImages) else -(-total // at_most)
+    whole = isinstance(images, ResidentImages) and images.tensor.numel() <= COUNTED_BYTES
+    step = 1 if whole else -(-total // at_most)
     chosen = torch.arange(0, total, step)
     sums = torch.zeros(2, images.shape[0], dtype=torch.float64)
     for batch in images.batches(torch.split(chosen, batch_size)):
