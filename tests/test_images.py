@@ -252,3 +252,15 @@ def test_streamed_batches_on_a_gpu_are_those_of_the_files(files: list[str]) -> N
     assert all(batch.is_cuda for batch in there)
     pairs = zip(there, streamed.batches(order), strict=True)
     assert all(torch.equal(batch.cpu(), here) for batch, here in pairs)
+
+
+@pytest.mark.gpu
+def test_mapped_batches_on_a_gpu_are_those_of_the_tensor(files: list[str]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pixels = torch.from_numpy(decoded(files, 8, 3))
+    order = list(torch.split(torch.arange(len(files)).flip(0), 2))
+    mapped = MappedImages(pixels, torch.arange(len(files))).to("cuda")
+    there = list(mapped.batches(order, workers=2, pin=True))
+    assert all(batch.is_cuda for batch in there)
+    assert torch.equal(torch.cat(there).cpu(), pixels.flip(0))
