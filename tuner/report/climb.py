@@ -17,8 +17,8 @@ def climb(ladder: LadderData | None) -> Iterator[Html]:
         return
     yield element("h2", "Ladder")
     yield table(
-        "From the cheapest rung up. The best recipe is one of the last rung. Training time leaves "
-        "out what is made once for all trials of a rung, such as the backbone's features.",
+        f"From the cheapest rung up. The best recipe is one of the {ladder.last} rung. The time "
+        "leaves out what is made once for all trials of a rung, such as the backbone's features.",
         HEADS,
         [_row(row) for row in ladder.rows],
     )

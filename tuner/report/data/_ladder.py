@@ -73,9 +73,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LadderData:
-    """The rungs of a study, the cheapest first, and the comparisons of neighbours."""
+    """The rungs of a study, the cheapest first, and the comparisons of neighbours.
+
+    ``last`` is the one whose recipes can be the answer.
+    """
 
     metric: str
+    last: Rung
     rows: tuple[RungRow, ...]
     comparisons: tuple[Comparison, ...]
 
@@ -92,6 +96,7 @@ def ladder_data(session: Session) -> LadderData | None:
         rows.insert(0, _baseline_row(session, spent))
     return LadderData(
         metric=session.file.objective.metric,
+        last=ladder.last,
         rows=tuple(rows),
         comparisons=tuple(
             _comparison(session, lower, upper)
