@@ -42,6 +42,7 @@ class RungName(StrEnum):
     head = "head"
     deferred = "deferred"
     full = "full"
+    confirm = "confirm"
 
 
 @app.command()
