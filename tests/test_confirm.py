@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from climbers import CLIMBING, climb_to_the_top, end_next, merit
 from conftest import MakeFile, MakeSession
-from fleet import lease
+from fleet import lease, run_next
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
@@ -352,6 +352,56 @@ def test_differences_to_plain_cross_entropy_are_paired_by_seed(trained: Session)
     a, b = (each.metric("balanced_accuracy", adjusted=True) for each in (first, other))
     assert found.estimate == pytest.approx(sum(a[i] - b[i] for i in (0, 1)) / 2)
     assert found.interval.low <= found.estimate <= found.interval.high
+
+
+def test_smaller_is_better_where_the_metric_is_a_loss(trained: Session) -> None:
+    one, other, *_ = standings(trained)
+    found = against(trained, one, other, names=["nll"])["nll"]
+    turned = against(trained, other, one, names=["nll"])["nll"]
+    better, worse = sorted((found, turned), key=lambda difference: difference.estimate)
+    assert better.estimate == pytest.approx(-worse.estimate)
+    assert better.p_value < 0.5 < worse.p_value
+    assert better.interval.low < better.estimate < better.interval.high
+
+
+@pytest.fixture
+def searched(make_session: MakeSession, digits: Data, sqlite: str) -> Session:
+    """A small study whose search is over, and its confirm rung not begun."""
+    session = make_session(
+        budget={"trials": 3, "epochs": 2},
+        ladder={"rungs": ["full", "confirm"], "confirm": {"recipes": 1, "seeds": 2}},
+    )
+    for _ in range(3):
+        run_next(session, digits)
+    fill_queue(session)
+    return session
+
+
+def test_nothing_is_confirmed_where_every_recipe_failed_with_a_seed(
+    searched: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    while (held := lease(searched)) is not None:
+        searched.fenced.take(held)
+        searched.fenced.finish(held.trial_id, TrialState.PRUNED, None, end="pruned")
+    found, best = verdict.decide(searched, digits), searched.best_found()
+    assert is_decided(searched)
+    assert found is not None
+    assert best is not None
+    assert (found["confirmed"], found["best"]) == (None, best.number)
+    monkeypatch.setattr(verdict, "_compare", lambda *_: pytest.fail("looked again"))
+    assert verdict.decide(searched, digits) == found
+
+
+def test_a_verdict_before_the_rung_is_over_keeps_the_weights_it_needs(
+    searched: Session, digits: Data
+) -> None:
+    run_next(searched, digits)
+    before = searched.store.keys("trial-")
+    assert sum(key.endswith(artifacts.WEIGHTS) for key in before) > 2
+    found = verdict.decide(searched, digits)
+    assert found is not None
+    assert found["confirmed"] is None
+    assert searched.store.keys("trial-") == before
 
 
 def test_report_shows_what_luck_gave(trained: Session, digits: Data) -> None:

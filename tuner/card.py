@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from tuner.confirm import ROLE_NAMES
+from tuner.confirmation import spread, unit
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
@@ -140,8 +139,12 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
     rows = [first, *(row for row in others if row["role"] != "recipe")]
     on_test = {each["trial"]: each["metrics"][metric] for each in found["test"]}
     lines = [
-        f"| {ROLE_NAMES.get(row['role'], 'this recipe')} | {_percent(row['search'])} | "
-        f"{_spread(row['values'])} | {_spread(on_test.get(row['trial'], []))} |"
+        f"| {ROLE_NAMES.get(row['role'], 'this recipe')} | "
+        + " | ".join(
+            spread(metric, values) + unit(metric) * bool(values)
+            for values in ([row["search"]], row["values"], on_test.get(row["trial"], []))
+        )
+        + " |"
         for row in rows
     ]
     return [
@@ -155,14 +158,6 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
             ]
         )
     ]
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    deviation = f" ± {100 * stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{100 * fmean(known):.1f}{deviation} %"
 
 
 def _use(data: Data) -> str:

@@ -117,8 +117,13 @@ def standings(session: Session) -> list[Standing]:
         _standing(trials[number], role, filter(lambda t: t.state.is_finished(), runs[number]))
         for number, role in roles.items()
     ]
-    plain = next((each for each in found if each.role == "plain"), None)
+    plain = plain_of(found)
     return sorted(found, key=lambda each: _order(session, each, plain))
+
+
+def plain_of(found: Iterable[Standing]) -> Standing | None:
+    """Plain cross-entropy with its defaults among them."""
+    return next((each for each in found if each.role == "plain"), None)
 
 
 def _standing(trial: FrozenTrial, role: Role, ended: Iterable[FrozenTrial]) -> Standing:
@@ -153,19 +158,23 @@ def mean_breach(session: Session, each: Standing, plain: Standing | None) -> flo
 
 def is_decided(session: Session) -> bool:
     """Whether the rung is over: all recipes were trained with all seeds, or failed to."""
+    return session.file.ladder.confirms and _all_ended(session, standings(session))
+
+
+def _all_ended(session: Session, found: Sequence[Standing]) -> bool:
     seeds = session.file.ladder.confirm.seeds
-    found = standings(session) if session.file.ladder.confirms else []
     return bool(found) and all(each.ended >= seeds for each in found)
 
 
 def winner(session: Session) -> FrozenTrial | None:
     """The trial of the search whose recipe the rung confirmed as the best; None until it is over.
 
-    A recipe that failed with one of the seeds is not the answer.
+    A recipe that failed with one of the seeds is not the answer; None too when all did.
     """
-    if not is_decided(session):
+    found = standings(session) if session.file.ladder.confirms else []
+    if not _all_ended(session, found):
         return None
-    first = standings(session)[0]
+    first = found[0]
     return first.trial if len(first.runs) == session.file.ladder.confirm.seeds else None
 
 
@@ -179,7 +188,8 @@ def against(
         a, b = (each.metric(name, adjusted=adjusted) for each in (one, other))
         pairs = [a[index] - b[index] for index in sorted(a.keys() & b.keys())]
         if len(pairs) > 1:
-            found[name] = repeated_difference(pairs, _ratio(session, name))
+            maximize = METRICS[name] == "maximize"
+            found[name] = repeated_difference(pairs, _ratio(session, name), maximize=maximize)
     return found
 
 
@@ -198,10 +208,10 @@ def confirm_lines(session: Session) -> list[str]:
     planned = len(own) or session.file.ladder.trials("confirm", 0)
     ended = sum(t.state.is_finished() for t in own)
     lines = [f"confirm {ended} of {'' if own else 'at most '}{planned} trials"]
-    if is_decided(session):
+    if winner(session) is not None:
         first = standings(session)[0]
         values = list(first.objective().values())
-        fresh = f"{fmean(values):.4f} ± {stdev(values):.4f}" if len(values) > 1 else "failed"
+        fresh = f"{fmean(values):.4f} ± {stdev(values):.4f}"
         lines.append(
             f"trial {first.trial.number}: {fresh} with {len(values)} fresh seeds, "
             f"{first.trial.values[0]:.4f} in the search"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import Any
 
-from tuner.confirm import Standing, against, is_decided, mean_breach, standings
+from tuner.confirm import Standing, against, mean_breach, plain_of, standings, winner
 from tuner.datasets import Data
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import METRICS, evaluate
@@ -22,23 +23,26 @@ def confirmation(
     """The recipes of the confirm rung, the best first, and what some of them have on test.
 
     Each has its value in the ``search``, its ``values`` by seed, and its differences of
-    ``metrics`` to plain cross-entropy ``as_it_is``; the p-values of one metric are adjusted for
-    there being several recipes (Holm 1979). ``rivals`` are recipes that are not told apart from
+    ``metrics`` to plain cross-entropy with its defaults; the p-values of one metric are adjusted
+    for there being several recipes (Holm 1979). ``rivals`` are recipes that are not told apart from
     the first. On the test part only the first and plain cross-entropy are looked at, with every
-    seed. None before the rung is over.
+    seed. None before the rung is over, and where every recipe failed with some seed.
     """
-    if not is_decided(session):
+    if winner(session) is None:
         return None
     found = standings(session)
-    objective = session.file.objective.metric
-    plain = next((each for each in found if each.role == "plain"), None)
+    objective, plain = session.file.objective.metric, plain_of(found)
     names = tuple(dict.fromkeys((*metrics, objective)))
     return {
         "seeds": session.file.ladder.confirm.seeds,
         "other_images": data.carved,
         "adjusted": session.file.objective.adjusted,
         "recipes": _rows(session, found, plain, names),
-        "rivals": [each.trial.number for each in found[1:] if _is_rival(session, found[0], each)],
+        "rivals": [
+            each.trial.number
+            for each in found[1:]
+            if mean_breach(session, each, plain) <= 0 and _is_rival(session, found[0], each)
+        ],
         "test": [] if data.test is None else _on_test(session, found, data, names, device),
     }
 
@@ -84,11 +88,10 @@ def _difference(found: RepeatedDifference, p_value: float) -> Found:
 
 
 def _is_rival(session: Session, first: Standing, other: Standing) -> bool:
-    """Whether the seeds cannot tell a recipe that keeps the floor from the first one."""
+    """Whether the seeds cannot tell a recipe from the first one."""
     metric = session.file.objective.metric
     difference = against(session, first, other, names=[metric]).get(metric)
-    plain = next((each for each in standings(session) if each.role == "plain"), None)
-    if difference is None or mean_breach(session, other, plain) > 0:
+    if difference is None:
         return False
     sign = 1 if METRICS[metric] == "maximize" else -1
     edge = difference.interval.low if sign > 0 else -difference.interval.high
@@ -121,3 +124,24 @@ def _by_seed(
         logits = adjusted_logits(lane.logits(data.test.images), data.class_counts, tau)
         found.append(evaluate(logits, targets, data.groups))
     return {name: [metrics[name] for metrics in found] for name in names}
+
+
+def spread(metric: str, values: Sequence[float | None]) -> str:
+    """Mean and standard deviation over seeds, and how many of them failed; shares in percent."""
+    known = [value for value in values if value is not None]
+    failed = len(values) - len(known)
+    lost = f", {failed} failed" if failed else ""
+    if not known:
+        return f"–{lost}"
+    deviation = f" ± {amount(metric, stdev(known))}" if len(known) > 1 else ""
+    return f"{amount(metric, fmean(known))}{deviation}{lost}"
+
+
+def amount(metric: str, value: float) -> str:
+    """A metric's value as people read it: shares in percent, the likelihood as it is."""
+    return f"{value:.3f}" if metric == "nll" else f"{100 * value:.1f}"
+
+
+def unit(metric: str) -> str:
+    """What stands behind ``amount``."""
+    return "" if metric == "nll" else " %"

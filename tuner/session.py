@@ -62,7 +62,7 @@ class Session:
 
     def best(self) -> FrozenTrial | None:
         """The trial whose recipe the confirm rung found best; without that, ``best_found``."""
-        chosen = winner(self) if self.file.ladder.confirms else None
+        chosen = winner(self)
         return self.best_found() if chosen is None else chosen
 
     def best_found(self) -> FrozenTrial | None:

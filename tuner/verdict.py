@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.confirm import contenders, is_decided
+from tuner.confirm import contenders, winner
 from tuner.confirmation import confirmation
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
@@ -23,23 +23,24 @@ COMPARED = ("tail_accuracy", "head_accuracy", "accuracy", "balanced_accuracy")
 def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, Any] | None:
     """Compare the best trial with the baseline on the test part, and store the answer.
 
-    The search never sees the test part; it is looked at here, once for every new best trial,
-    and once more when the confirm rung is over.
-    Where the data have none, the validation part stands in, and the answer says so. None while
-    the baseline or any other trial is missing.
+    The search never sees the test part; it is looked at here, once for every new best trial, and
+    once more when the confirm rung is over. Where the data have none, the validation part stands
+    in, and the answer says so. None while the baseline or any other trial is missing.
     """
     best, baseline = session.best(), session.baseline()
     if best is None or baseline is None:
         return None
     known: dict[str, Any] | None = session.study.user_attrs.get("verdict")
-    asked = (best.number, baseline.number, set(contenders(session) if is_decided(session) else ()))
+    again = set() if winner(session) is None else set(contenders(session))
+    asked = (best.number, baseline.number, again)
     if known and _asked(known) == asked:
         return known
     verdict = _compare(session, best, baseline, data, device)
     verdict["confirmed"] = confirmation(session, data, COMPARED, device=device)
     session.study.set_user_attr("verdict", verdict)
-    # Only now are the models of the other recipes not needed any more.
-    artifacts.keep_weights_only_of(session.store, {_source(best), _source(baseline)})
+    if verdict["confirmed"]:
+        # Only now are the models of the other recipes not needed any more.
+        artifacts.keep_weights_only_of(session.store, {_source(best), _source(baseline)})
     return verdict
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
 
-from tuner.cli.show import percent
 from tuner.confirm import ROLE_NAMES
+from tuner.confirmation import amount, spread, unit
 
 
 def confirmed_table(found: dict[str, Any], metric: str) -> Table:
@@ -28,7 +27,7 @@ def confirmed_table(found: dict[str, Any], metric: str) -> Table:
 
 def _cells(row: dict[str, Any], metric: str, on_test: Sequence[float | None]) -> list[str]:
     name = ROLE_NAMES.get(row["role"], f"{row['loss']}, {row['sampler']}")
-    floor = "" if row["keeps_floor"] or not any(_known(row["values"])) else " (breaks the floor)"
+    floor = "" if row["keeps_floor"] else " (breaks the floor)"
     difference = row["to_plain"].get(metric)
     return [
         f"{row['trial']}: {name}{floor}",
@@ -37,26 +36,6 @@ def _cells(row: dict[str, Any], metric: str, on_test: Sequence[float | None]) ->
         "" if difference is None else _difference(metric, difference),
         spread(metric, on_test) if on_test else "",
     ]
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def spread(metric: str, values: Sequence[float | None]) -> str:
-    """Mean and standard deviation over seeds, and how many of them failed."""
-    known = _known(values)
-    failed = len(values) - len(known)
-    lost = f", {failed} failed" if failed else ""
-    if not known:
-        return f"–{lost}"
-    deviation = f" ± {amount(metric, stdev(known))}" if len(known) > 1 else ""
-    return f"{amount(metric, fmean(known))}{deviation}{lost}"
-
-
-def amount(metric: str, value: float) -> str:
-    """A metric's value as people read it: shares in percent, the likelihood as it is."""
-    return f"{value:.3f}" if metric == "nll" else percent(value)
 
 
 def _difference(metric: str, found: dict[str, float]) -> str:
@@ -71,11 +50,10 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
     """What the table allows to say: the shrinkage, and who cannot be told apart."""
     first = found["recipes"][0]
     images = " on other validation images" if found["other_images"] else ""
-    unit = "" if metric == "nll" else " %"
     seen, now = amount(metric, first["search"]), spread(metric, first["values"])
     yield (
-        f"Trial {first['trial']} had {seen}{unit} in the search; trained again with "
-        f"{found['seeds']} fresh seeds{images} it has {now}{unit}."
+        f"Trial {first['trial']} had {seen}{unit(metric)} in the search; trained again with "
+        f"{found['seeds']} fresh seeds{images} it has {now}{unit(metric)}."
     )
     if found["rivals"]:
         names = ", ".join(map(str, found["rivals"]))

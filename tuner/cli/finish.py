@@ -84,7 +84,7 @@ def _print_confirmed(console: Console, session: Session, verdict: Mapping[str, A
         for line in confirmed_lines(found, metric):
             console.print(escape(line), soft_wrap=True)
     elif session.file.ladder.confirms:
-        console.print("The confirm rung is not over, so this is what the search alone found.")
+        console.print("The confirm rung has no answer yet: this is what the search alone found.")
 
 
 def command(name: str, argument: str, options: Mapping[str, object]) -> str:

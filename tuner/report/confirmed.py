@@ -45,7 +45,7 @@ def shrinkage(found: ConfirmedData) -> str:
         f"With fresh seeds{images} the same recipe has {spread(metric, first.fresh)}."
     )
     if not found.rivals:
-        return f"{text} These trainings tell it from every other recipe here."
+        return f"{text} These trainings tell it from every other that keeps the floor."
     names = ", ".join(map(str, found.rivals))
     noun = "trial" if len(found.rivals) == 1 else "trials"
     return f"{text} These trainings do not tell it from {noun} {names}."

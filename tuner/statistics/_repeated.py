@@ -20,14 +20,19 @@ class RepeatedDifference:
 
 
 def repeated_difference(
-    differences: Sequence[float], ratio: float, *, confidence: float = 0.95
+    differences: Sequence[float],
+    ratio: float,
+    *,
+    maximize: bool = True,
+    confidence: float = 0.95,
 ) -> RepeatedDifference:
     """Judge paired differences (r,), r ≥ 2, each from a training of its own.
 
     ``ratio`` is that of validation to training images. The trainings share most of their images,
     so that their mean varies more than independent ones would: the variance is
     (1/r + ratio) times that of the differences, the corrected resampled t-test of Nadeau and
-    Bengio (2003). The p-value is one-sided, for a mean of at most zero.
+    Bengio (2003). The p-value is one-sided, for a mean of at most zero; of at least zero where
+    smaller values are better (``maximize`` is false).
 
     Raises:
         ValueError: There are fewer than two differences.
@@ -39,9 +44,10 @@ def repeated_difference(
         raise ValueError("it takes two trainings to see how much they vary")
     mean = fmean(differences)
     error = math.sqrt((1 / count + ratio) * variance(differences))
+    gain = mean if maximize else -mean
     half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
     if error > 0:
-        p_value = float(t.sf(mean / error, count - 1))
+        p_value = float(t.sf(gain / error, count - 1))
     else:  # Nothing to divide by: how often that many coins fall alike.
-        p_value = 0.5**count if mean > 0 else 1.0
+        p_value = 0.5**count if gain > 0 else 1.0
     return RepeatedDifference(mean, Interval(mean - half, mean + half), p_value)
