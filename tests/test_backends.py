@@ -14,7 +14,7 @@ from fleet import run_next
 from trainer_cases import recipe, trained
 
 from tuner import backends
-from tuner.backends import PRECISIONS, Speed, fastest, settled, speeds
+from tuner.backends import PRECISIONS, SMALLEST, Speed, fastest, settled, speeds
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -82,6 +82,24 @@ def test_candidate_that_does_not_work_here_is_left_out(
 
     monkeypatch.setattr(Lane, "step", step)
     assert {speed.precision for speed in speeds(recipe(), digits, "cpu")} == {"float32"}
+
+
+def test_candidate_that_is_far_behind_with_a_few_images_never_sees_a_batch(
+    digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, seen = [0.0], []
+
+    def step(lane: Lane, indices: torch.Tensor, *_: object, **__: object) -> None:
+        precision = lane.recipe.training.precision
+        seen.append((precision, len(indices)))
+        now[0] += len(indices) * (10 if precision == "bfloat16" else 1)
+
+    monkeypatch.setattr(Lane, "step", step)
+    monkeypatch.setattr(backends, "_clock", lambda _: now[0])
+    rates = {(speed.precision, speed.images) for speed in speeds(recipe(), digits, "cpu")}
+    assert rates == {("float32", 1.0), ("bfloat16", 0.1)}
+    assert {size for precision, size in seen if precision == "bfloat16"} == {SMALLEST}
+    assert ("float32", 64) in seen
 
 
 def test_probe_in_which_nothing_works_is_not_kept_and_leaves_the_plain_choice(

@@ -5,7 +5,8 @@ network of the same seed, and from a shared checkpoint at 80 % of plain training
 on the test part, which is large, so that little of what is seen is the noise of the scores; and the
 cheap rungs by their validation scores too, which is all that a study has. Printed for every score:
 Spearman's correlation per seed, and the regret of a rung's best three, in points: what the best of
-them in full training is behind the best of all. A recipe that diverges has 0. ``--data`` is a
+them in full training is behind the best of all. The last rows, of full training with one seed
+beside another, say how well anything could rank. A recipe that diverges has 0. ``--data`` is a
 folder of images with ``train`` and ``test``.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -229,6 +231,17 @@ def rows(
             yield f"{name}, {rung} rung scored on {part}", correlation[0], regret(lower, upper)
 
 
+def other_seeds(seeds: list[list[Scores]]) -> Iterator[tuple[str, float, float]]:
+    """Correlation and regret, by score, of full training with every seed beside every other."""
+    for lower, upper in permutations(seeds, 2):
+        for name in lower[0]:
+            pairs = [(low[name], up[name]) for low, up in zip(lower, upper, strict=True)]
+            correlation = rank_correlation(pairs)
+            assert correlation is not None
+            lost = regret([low for low, _ in pairs], [up for _, up in pairs])
+            yield f"{name}, full training with another seed", correlation[0], lost
+
+
 def main() -> None:
     """Train everything, print the table, keep the scores if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -243,7 +256,7 @@ def main() -> None:
     given = parser.parse_args()
     given.data = given.data.resolve()
     found: dict[str, list[tuple[float, float]]] = {}
-    kept = []
+    kept: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name, context.Pool(given.processes) as pool:
         folder = Path(name)
@@ -257,8 +270,10 @@ def main() -> None:
             for rung, cheap in (("head", heads), ("deferred", late)):
                 for label, correlation, lost in rows(rung, full, cheap):
                     found.setdefault(label, []).append((correlation, lost))
-    if given.keep:
-        given.keep.write_text(json.dumps(kept))
+            if given.keep:
+                given.keep.write_text(json.dumps(kept))
+    for label, correlation, lost in other_seeds([each["full"] for each in kept]):
+        found.setdefault(label, []).append((correlation, lost))
     print(f"{date.today()}, {given.model}, {given.epochs} epochs, {len(parts())} recipes")
     print("| score | Spearman per seed | mean | regret of the best three, points | mean |")
     print("|---|---|---|---|---|")
