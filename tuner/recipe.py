@@ -24,7 +24,7 @@ from tuner.optim import OPTIMIZERS
 from tuner.registry import Registry, adapter_of, checked
 from tuner.samplers import SAMPLERS
 from tuner.schedules import SCHEDULES
-from tuner.training import TRAININGS, Deferred
+from tuner.training import TRAININGS, Deferred, steps_per_epoch
 
 PARTS: dict[str, Registry[Any]] = {
     "data": DATASETS,
@@ -108,6 +108,10 @@ class Recipe:
     @cached_property
     def _digest(self) -> str:
         return _hash(self.canonical().to_dict())
+
+    def steps(self, images: int) -> int:
+        """The budget in optimizer steps, for a training part of so many images."""
+        return self.epochs * steps_per_epoch(images, self.training.batch_size)
 
     def switch_epoch(self) -> int:
         """First epoch of the last stage; 0 when there is one stage, ``epochs`` if it never comes.
