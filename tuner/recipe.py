@@ -169,15 +169,20 @@ class Recipe:
             0.0,
         )
 
+    def last_start(self) -> float:
+        """Progress from which every deferred part acts, in [0, 1); 0 where nothing waits."""
+        acting = self.canonical()
+        starts = [getattr(part, "start", 0.0) for part in (acting.loss, acting.sampler)]
+        return float(max(acting.training.stage_start(), *starts))
+
     def settled(self) -> float:
         """Progress from which warm-up is over and every deferred part acts, in [0, 1)."""
-        starts = [getattr(self.loss, "start", 0.0), getattr(self.sampler, "start", 0.0)]
         warm = self.schedule.warmup_end(self.epochs)
-        begin = self.canonical().training.stage_start()
         if self.training.restart_schedule:
+            begin = self.training.stage_start()
             rest = max(1, round((1 - begin) * self.epochs))
-            begin += (1 - begin) * self.schedule.warmup_end(rest)
-        return float(max(warm, begin, *starts))
+            warm = begin + (1 - begin) * self.schedule.warmup_end(rest)
+        return float(max(warm, self.last_start()))
 
 
 def _hash(values: Mapping[str, Any]) -> str:
