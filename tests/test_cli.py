@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -135,7 +136,9 @@ def test_check_prints_the_space_and_looks_at_the_data(tuner: Tuner) -> None:
         "loss": "one of cross_entropy, focal",
         "optimizer.sgd.lr": "one of 0.1, 0.2, 0.3",
     }
-    assert "imbalance ratio" in tuner("check", "small.toml", "--load")[0]
+    looked = tuner("check", "small.toml", "--load")[0]
+    assert "imbalance ratio" in looked
+    assert re.search(r"a trial has \d+ optimizer steps: \d+ in each of its epochs", looked)
 
 
 @pytest.mark.parametrize("what", ["losses", "samplers", "models", "datasets"])

@@ -212,11 +212,15 @@ def test_correction_adds_what_sampler_and_weights_do(
         ({"schedule": {"name": "constant"}}, 0.0),
         ({"schedule": {"name": "cosine", "warmup_epochs": 5}}, 0.25),
         ({"schedule": {"name": "step", "warmup_epochs": 100}}, 0.5),
-        ({"loss": {"name": "ldam", "start": 0.8}}, 0.8),
+        ({"loss": {"name": "ldam", "beta": 0.99, "start": 0.8}}, 0.8),
+        ({"loss": {"name": "ldam", "start": 0.8}, "schedule": {"name": "constant"}}, 0.0),
         ({"sampler": {"name": "class_aware", "start": 0.6}}, 0.6),
         ({"training": {"name": "two_stage", "switch": 0.9}, "loss": {"name": "ldam"}}, 0.9),
         ({"training": {"name": "deferred", "switch": 0.7}, "loss": {"name": "focal"}}, 0.7),
-        ({"training": {"name": "deferred"}, "loss": {"name": "ldam", "start": 0.9}}, 0.9),
+        (
+            {"training": {"name": "deferred"}, "loss": {"name": "ldam", "beta": 0.9, "start": 0.9}},
+            0.9,
+        ),
         ({"training": {"name": "deferred"}, "schedule": {"name": "constant"}}, 0.0),
     ],
 )

@@ -73,15 +73,15 @@ def test_class_probabilities_are_those_of_the_published_samplers(vector: dict[st
         assert repeats == pytest.approx(vector["expected_repeats_per_image"], rel=1e-12)
 
 
-def test_head_cap_undersamples_and_shows_other_images_every_epoch() -> None:
+def test_head_cap_undersamples_and_shows_other_images_in_every_pass() -> None:
     component = ClassAware(exponent=0.0, head_cap=4.0, epoch_length="keep_head")
     sampler = component.build(TARGETS, seed=0)
     assert sampler.class_probabilities(0.0).tolist() == pytest.approx(
         [20 / 65, 20 / 65, 20 / 65, 5 / 65]
     )
-    epochs = [sampler.epoch(0.0) for _ in range(3)]
-    assert [len(epoch) for epoch in epochs] == [65, 65, 65]
-    head = torch.cat(epochs)[TARGETS[torch.cat(epochs)] == 0].tolist()
+    passes = [sampler.one_pass(0.0) for _ in range(3)]
+    assert [len(each) for each in passes] == [65, 65, 65]
+    head = torch.cat(passes)[TARGETS[torch.cat(passes)] == 0].tolist()
     assert len(set(head)) == len(head)
 
 

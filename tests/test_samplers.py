@@ -29,6 +29,7 @@ ALL = [
     ClassAware(),
     ClassAware(exponent=0.5, tail_factor=3.0, head_cap=4.0, start=0.4),
     ClassAware(epoch_length="keep_head"),
+    ClassAware(exponent=0.0, head_cap=4.0, epoch_length="keep_head"),
     EffectiveNumber(beta=0.99),
     Progressive(),
     Progressive(reverse=True),
@@ -55,7 +56,7 @@ def test_drawn_classes_follow_the_probabilities(
 ) -> None:
     sampler = component.build(TARGETS, seed=1, groups=GROUPS)
     drawn = sum(TARGETS[sampler.epoch(progress)].bincount(minlength=4) for _ in range(30))
-    expected = sampler.class_probabilities(progress) * sampler.num_draws(progress) * 30
+    expected = sampler.class_probabilities(progress) * len(TARGETS) * 30
     assert chisquare(torch.as_tensor(drawn), expected).pvalue > 1e-3
     assert expected.tolist() == pytest.approx(
         (sampler.expected_repeats(progress) * torch.tensor(COUNTS) * 30).tolist()

@@ -12,7 +12,9 @@ from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
 from tuner.ladder import rung_of
+from tuner.recipe import Recipe
 from tuner.session import Session
+from tuner.trained import stored_recipe
 
 SHOWN = {
     "tail_accuracy": "tail",
@@ -37,7 +39,7 @@ def model_card(session: Session, trial: FrozenTrial, data: Data, metrics: dict[s
         *([_head_only(session)] if rung_of(trial) == "head" else []),
         _results(session, metrics),
         *_confirmed(session, metrics["verdict"]),
-        _use(data),
+        _use(stored_recipe(trial), data),
         _limits(session, data, metrics["verdict"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -160,10 +162,12 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _use(data: Data) -> str:
+def _use(recipe: Recipe, data: Data) -> str:
+    steps, size = recipe.steps(len(data.train)), recipe.training.batch_size
     return f"""## Use
 
-Train the recipe with `tuner train recipe.toml`. In your own PyTorch code:
+Train the recipe with `tuner train recipe.toml`: {recipe.epochs} epochs of {steps // recipe.epochs}
+optimizer steps, {steps} in all, with {size} images each. In your own PyTorch code:
 
 ```python
 recipe = tuner.load_recipe("recipe.toml")

@@ -20,7 +20,7 @@ from tuner.models import Classifier, set_head_bias
 from tuner.optim import for_device, set_rate
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
-from tuner.training import for_each_stage
+from tuner.training import batches_of, for_each_stage
 
 EVALUATION_BATCH = 512
 LOADED_PIXELS = 2**22
@@ -107,7 +107,7 @@ class Lane:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]."""
+        """Share of the training's optimizer steps that are done before this epoch, in [0, 1]."""
         return self.epoch / self.recipe.epochs
 
     def begin_epoch(self) -> None:
@@ -144,15 +144,12 @@ class Lane:
             self.model.backbone.requires_grad_(False)
 
     def plan(self) -> list[Tensor]:
-        """Indices of the coming epoch, batch by batch.
+        """Indices of the coming epoch, batch by batch: as many for every sampler.
 
-        A last batch of one sample joins the one before it: batch norm cannot train on one.
+        What is left of a pass of the sampler comes first, but not what an earlier stage left.
         """
         indices = self.samplers[self.stage].epoch(self.progress)
-        batches = list(indices.split(self.recipe.training.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches[-2:] = [torch.cat(batches[-2:])]
-        return batches
+        return batches_of(indices, self.recipe.training.batch_size)
 
     def images(
         self, batches: Sequence[Tensor]

@@ -79,6 +79,7 @@ class LoadedRecipe:
         Tail classes are found in your counts by the recipe's own rule. Of a two-stage or deferred
         recipe it is the sampler of the second stage. It draws as at the end of training; a deferred
         one follows yours if you call ``sampler.set_progress(progress)`` before each epoch.
+        Each iteration is a pass; with ``epoch_length = "keep_head"`` that is not a trial's epoch.
         """
         targets = torch.as_tensor(targets)
         counts = count_classes(targets, int(targets.max()) + 1)

@@ -24,7 +24,7 @@ from tuner.optim import OPTIMIZERS
 from tuner.registry import Registry, adapter_of, checked
 from tuner.samplers import SAMPLERS
 from tuner.schedules import SCHEDULES
-from tuner.training import TRAININGS, Deferred
+from tuner.training import TRAININGS, Deferred, steps_per_epoch
 
 PARTS: dict[str, Registry[Any]] = {
     "data": DATASETS,
@@ -109,6 +109,10 @@ class Recipe:
     def _digest(self) -> str:
         return _hash(self.canonical().to_dict())
 
+    def steps(self, images: int) -> int:
+        """The budget in optimizer steps, for a training part of so many images."""
+        return self.epochs * steps_per_epoch(images, self.training.batch_size)
+
     def switch_epoch(self) -> int:
         """First epoch of the last stage; 0 when there is one stage, ``epochs`` if it never comes.
 
@@ -165,15 +169,20 @@ class Recipe:
             0.0,
         )
 
+    def last_start(self) -> float:
+        """Progress from which every deferred part acts, in [0, 1); 0 where nothing waits."""
+        acting = self.canonical()
+        starts = [getattr(part, "start", 0.0) for part in (acting.loss, acting.sampler)]
+        return float(max(acting.training.stage_start(), *starts))
+
     def settled(self) -> float:
         """Progress from which warm-up is over and every deferred part acts, in [0, 1)."""
-        starts = [getattr(self.loss, "start", 0.0), getattr(self.sampler, "start", 0.0)]
         warm = self.schedule.warmup_end(self.epochs)
-        begin = self.canonical().training.stage_start()
         if self.training.restart_schedule:
+            begin = self.training.stage_start()
             rest = max(1, round((1 - begin) * self.epochs))
-            begin += (1 - begin) * self.schedule.warmup_end(rest)
-        return float(max(warm, begin, *starts))
+            warm = begin + (1 - begin) * self.schedule.warmup_end(rest)
+        return float(max(warm, self.last_start()))
 
 
 def _hash(values: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ def deferred(progress: float, start: float) -> bool:
 
 
 class Schedule(ABC):
-    """A factor on the learning rate over the training."""
+    """A factor on the learning rate over the training, whose epochs are all equally many steps."""
 
     @abstractmethod
     def factor(self, epoch: float, epochs: int) -> float:

@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from tuner.entries import Choice, Entry, Fixed, Suggester, parse_entry, plain
+from tuner.entries import Choice, Entry, Fixed, Range, Suggester, parse_entry, plain
 from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.recipe import DEFAULTS, PARTS, Recipe, dump_component, parse_part
+from tuner.training import steps_per_epoch
 
 Branches = dict[str, dict[str, Entry]]
 
@@ -113,6 +114,23 @@ class Space:
             sum(math.prod(_axis_sizes(f"space.{part}.{name}", e)) for name, e in branches.items())
             for part, branches in self.parts.items()
         )
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """Fewest and most optimizer steps of a trial, for a training part of so many images."""
+        each = [self.epochs * steps_per_epoch(images, size) for size in self._batch_sizes()]
+        return min(each), max(each)
+
+    def _batch_sizes(self) -> Iterator[int]:
+        for name, entries in self.parts["training"].items():
+            match entries.get("batch_size"):
+                case Fixed(value):
+                    yield value
+                case Choice(values):
+                    yield from values
+                case Range(low=low, high=high):
+                    yield from (int(low), int(high))
+                case None:
+                    yield default_of(PARTS["training"][name], "batch_size")
 
     def rows(self) -> list[tuple[str, str]]:
         """The searched hyperparameters as (name, what it ranges over), for people."""

@@ -151,7 +151,7 @@ def epochs_in_turns(
 
 
 class _Epoch:
-    """The epoch at hand: one pass over the sampler's plan, and how far it has come."""
+    """The epoch at hand: its batches, and how far it has come."""
 
     def __init__(self, lane: Lane, steps: Steps, resume: Snapshot | None) -> None:
         self.started = time.perf_counter()

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from tuner.registry import Registry, component
 from tuner.samplers import ClassAware, Natural
@@ -32,6 +34,23 @@ def for_each_stage(components: Sequence[Any], build: Callable[[Any, int], T]) ->
         same = stage > 0 and chosen == components[stage - 1]
         built.append(built[-1] if same else build(chosen, stage))
     return built
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Optimizer steps of an epoch over ``images`` training images, whatever the sampler."""
+    full, rest = divmod(images, batch_size)
+    return max(1, full + (rest > 1))
+
+
+def batches_of(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """The batches of an epoch of image indices (N,): ``steps_per_epoch`` of them.
+
+    A last batch of one sample joins the one before it: batch norm cannot train on one.
+    """
+    batches = list(torch.split(indices, batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 class TrainingBase:

@@ -41,7 +41,7 @@ def check(
     from rich.table import Table
 
     from tuner import study as files
-    from tuner.cli.show import describe_data
+    from tuner.cli.show import describe_data, describe_steps
     from tuner.fit import check_fit
 
     file = files.load(study)
@@ -49,7 +49,7 @@ def check(
     lines = []
     if load:
         loaded = file.data.build(data)
-        lines = describe_data(loaded)
+        lines = [*describe_data(loaded), describe_steps(file.space, len(loaded.train))]
         check_fit(file, loaded)
     rungs = _rungs(file)
     if as_json:

@@ -18,6 +18,7 @@ from tuner.imbalance import imbalance_ratio
 from tuner.ladder import RUNGS, rung_of
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
+from tuner.space import Space
 from tuner.trainer import EpochResult
 from tuner.worker import progress
 
@@ -46,6 +47,16 @@ def describe_data(data: Data) -> list[str]:
         f"{int(counts.max())} per class in training, imbalance ratio {imbalance_ratio(counts):.1f}",
         *(f"note: {warning}" for warning in (*data.warnings, *certainty(data))),
     ]
+
+
+def describe_steps(space: Space, images: int) -> str:
+    """The budget of a trial in optimizer steps; from fewest to most if batch sizes differ."""
+    fewest, most = space.steps(images)
+    total, each = (
+        f"{low}" if low == high else f"{low} to {high}"
+        for low, high in ((fewest, most), (fewest // space.epochs, most // space.epochs))
+    )
+    return f"a trial has {total} optimizer steps: {each} in each of its epochs, for every sampler"
 
 
 class Display:

@@ -73,9 +73,9 @@ class Lane:
         return self.total / sum(self.sizes)
 
     @property
-    def age(self) -> tuple[int, int, int]:
+    def age(self) -> tuple[int, int]:
         """What the learning rates ahead depend on."""
-        return self.epoch, self.step, len(self.plan)
+        return self.epoch, self.step
 
     def rates(self, steps: int) -> list[float]:
         """Learning rates of so many steps ahead."""

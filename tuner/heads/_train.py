@@ -47,8 +47,7 @@ def train_heads(
     Of a recipe act: all that its loss says, its sampler (that of the last stage of its
     training), its kind of head and its seed. Model, optimizer, schedule, augmentation and
     epochs do not: the features and ``settings`` stand for them. An epoch is as many samples
-    as the training part has, whatever the sampler's ``epoch_length``, except with batches of
-    its own.
+    as the training part has, whatever the sampler.
 
     A recipe's numbers depend on nothing but the recipe, the features and the settings: not on
     the other recipes, nor, on the CPU, on ``lanes``. One that diverges says so in its result.

@@ -51,10 +51,11 @@ def resolve(
             "epochs": recipe.epochs,
             "settled": recipe.settled(),
         }
-        warning = " ".join(_warnings(recipe, facts["kappa"]))
+        at_head = rung_of(trial) == "head"
+        warning = " ".join(_warnings(recipe, facts["kappa"], at_head=at_head))
         if warning:
-            quiet = rung_of(trial) == "head"
-            log.log(logging.DEBUG if quiet else logging.INFO, "trial %d: %s", trial.number, warning)
+            level = logging.DEBUG if at_head else logging.INFO
+            log.log(level, "trial %d: %s", trial.number, warning)
             facts["warning"] = warning
         stale = ("reason", "detail", "would_prune_at")
         facts |= {key: None for key in stale if trial.user_attrs.get(key) is not None}
@@ -80,14 +81,17 @@ def _as_before(recipe: Recipe, training: Mapping[str, Any]) -> Recipe:
     return replace(recipe, training=replace(recipe.training, **chosen))
 
 
-def _warnings(recipe: Recipe, kappa: float) -> Iterator[str]:
+def _warnings(recipe: Recipe, kappa: float, *, at_head: bool) -> Iterator[str]:
     warning = correction_warning(kappa)
     if warning:
         yield warning
-    if recipe.settled() * recipe.epochs > recipe.epochs - 1:
+    epochs = recipe.epochs
+    # The head rung has epochs of its own, and one stage.
+    if not at_head and (start := recipe.last_start()) > (epochs - 1) / epochs:
         yield (
-            f"a part that starts at {recipe.settled():.0%} of the training never acts in "
-            f"{recipe.epochs} epochs"
+            f"a part that starts at {100 * start:.0f} % of the training never acts in {epochs} "
+            f"epoch{'' if epochs == 1 else 's'}, because it waits for an epoch to begin; raise "
+            "budget.epochs or let it start earlier"
         )
 
 

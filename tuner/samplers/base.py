@@ -22,14 +22,18 @@ EpochLength = Literal["natural", "keep_head"]
 
 
 class ClassSampler(Sampler[int]):
-    """Draws epochs of image indices; the same seed gives the same epochs everywhere.
+    """Draws image indices, in epochs or in passes; the same seed gives the same ones everywhere.
+
+    A pass is as long as the component says (``num_draws``). An epoch has as many images as
+    there are, so that equal epochs are equal budgets, and passes run on across its borders:
+    what is left of one when the epoch is full goes first in the next epoch.
 
     Classes are drawn with replacement by their probabilities, the images of a class without
-    replacement from its ring, across epochs too. Every rank plans the same epoch and takes
-    every ``world_size``-th index of it, so shards may differ in length by one.
+    replacement from its ring, across passes too. Every rank plans the same and takes every
+    ``world_size``-th index of it, so shards may differ in length by one.
 
     ``epoch(progress)`` is for the trainer. As an ordinary ``Sampler`` in a ``DataLoader``
-    each iteration is an epoch at ``set_progress(...)``, by default 1.0: whoever never sets
+    each iteration is a pass at ``set_progress(...)``, by default 1.0: whoever never sets
     it samples as at the end of training, without deferral.
     """
 
@@ -55,10 +59,12 @@ class ClassSampler(Sampler[int]):
         self.class_counts = class_counts(targets, known)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self._counts = self.class_counts.numpy()
+        self._images = int(self._counts.sum())
         self._order = np.argsort(targets.cpu().numpy(), kind="stable")
         self._start = np.cumsum(self._counts) - self._counts
         self._drawn = np.zeros_like(self._counts)
-        self._epoch = 0
+        self._number = 0
+        self._rest = torch.zeros(0, dtype=torch.int64)
         self._progress = 1.0
         self.class_probabilities(1.0)
 
@@ -67,25 +73,45 @@ class ClassSampler(Sampler[int]):
         return self.component.probabilities(self.class_counts, progress, self.groups)
 
     def num_draws(self, progress: float) -> int:
-        """Images drawn in the epoch at ``progress``, over all ranks."""
+        """Images drawn in a pass at ``progress``, over all ranks."""
         return self.component.num_draws(self.class_counts, progress, self.groups)
 
     def epoch(self, progress: float) -> Tensor:
-        """Image indices (this rank's share of the next epoch), int64; moves on by one epoch."""
-        if self.component.is_natural(progress):
-            shuffle = generator(self.seed, "natural", self._epoch)
-            plan = torch.randperm(int(self.class_counts.sum()), generator=shuffle)
-        else:
-            plan = self._class_plan(progress)
-        self._epoch += 1
+        """Image indices (this rank's share of the next epoch), int64; moves on by one epoch.
+
+        Passes that begin in it are drawn at ``progress``, that of the beginning of the epoch.
+        """
+        plan = self._rest
+        missing = self._images - len(plan)
+        if missing > 0:
+            passes = -(-missing // self.num_draws(progress))
+            plan = torch.cat([plan, self._passes(progress, passes)])
+        self._rest = plan[self._images :].clone()
+        return self._share(plan[: self._images])
+
+    def one_pass(self, progress: float) -> Tensor:
+        """Image indices (this rank's share) of a pass, int64; what epochs left over is kept."""
+        return self._share(self._passes(progress, 1))
+
+    def _share(self, plan: Tensor) -> Tensor:
         return plan[self.rank :: self.world_size].contiguous()
 
-    def _class_plan(self, progress: float) -> Tensor:
+    def _passes(self, progress: float, passes: int) -> Tensor:
+        """Successive passes, drawn at once; natural ones, which are epochs, one at a time."""
+        if self.component.is_natural(progress):
+            shuffle = generator(self.seed, "natural", self._number)
+            plan = torch.randperm(self._images, generator=shuffle)
+        else:
+            plan = self._class_plan(progress, passes * self.num_draws(progress))
+        self._number += 1
+        return plan
+
+    def _class_plan(self, progress: float, draws: int) -> Tensor:
         classes = torch.multinomial(
             self.class_probabilities(progress),
-            self.num_draws(progress),
+            draws,
             replacement=True,
-            generator=generator(self.seed, "classes", self._epoch),
+            generator=generator(self.seed, "classes", self._number),
         ).numpy()
         plan = draw(self._rings(progress), classes)
         self._drawn += np.bincount(classes, minlength=len(self._counts))
@@ -103,16 +129,20 @@ class ClassSampler(Sampler[int]):
         self._progress = progress
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.epoch(self._progress).tolist()
+        yield from self.one_pass(self._progress).tolist()
 
     def __len__(self) -> int:
         return len(range(self.rank, self.num_draws(self._progress), self.world_size))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Epoch number and draws of each class: all that the continuation depends on."""
+        """All that the continuation depends on.
+
+        How often something was drawn ("epoch"), draws of each class, and what is left of a pass.
+        """
         return {
-            "epoch": torch.tensor(self._epoch),
+            "epoch": torch.tensor(self._number),
             "drawn": torch.from_numpy(self._drawn.copy()),
+            "rest": self._rest.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -121,20 +151,23 @@ class ClassSampler(Sampler[int]):
         Raises:
             CheckpointError: The state is of another sampler or of other data.
         """
+        # Of when every pass was an epoch: nothing was left of one.
+        state = {"rest": self._rest[:0], **state}
         for name, own in self.state_dict().items():
-            if name not in state or state[name].shape != own.shape:
+            if name not in state or (name != "rest" and state[name].shape != own.shape):
                 raise CheckpointError(
                     f"sampler state: {name!r} is missing or of another shape than "
                     f"{tuple(own.shape)}; it was saved for another sampler or other data"
                 )
-        self._epoch = int(state["epoch"])
+        self._number = int(state["epoch"])
         self._drawn = state["drawn"].cpu().numpy().copy()
+        self._rest = state["rest"].cpu().clone()
 
     def expected_repeats(self, progress: float) -> Tensor:
         """How often an image of each class is drawn per epoch on average, (C,) float64."""
         if self.component.is_natural(progress):
             return (self.class_counts > 0).to(torch.float64)
-        draws = self.class_probabilities(progress) * self.num_draws(progress)
+        draws = self.class_probabilities(progress) * self._images
         return draws / self.class_counts.clamp(min=1)
 
     def unseen_share(self, progress: float) -> Tensor:
@@ -192,11 +225,11 @@ class SamplerComponent(ABC):
         """Probability of each class, (C,) float64; 0 for a class without samples."""
 
     def is_natural(self, progress: float) -> bool:
-        """Whether the epoch at ``progress`` shows every image exactly once."""
+        """Whether a pass at ``progress`` shows every image exactly once."""
         return False
 
     def num_draws(self, class_counts: Tensor, progress: float, groups: Groups | None = None) -> int:
-        """Images drawn in the epoch at ``progress``, over all ranks."""
+        """Images drawn in a pass at ``progress``, over all ranks; at least 1."""
         return int(class_counts.sum())
 
     def exponent_share(self, class_counts: Tensor, groups: Groups | None = None) -> float:

@@ -54,10 +54,11 @@ class ClassAware(SamplerComponent):
     ``exponent``: 0 = natural frequencies, 0.5 = square root, 1 = class-balanced
     (Kang et al. 2020, equation 1, with q = 1 - exponent). ``tail_factor`` multiplies p of the
     tail classes. ``head_cap`` undersamples: no class counts for more than ``head_cap``·n_min
-    images, others of them each epoch. Before ``start`` (share of training) sampling is
-    natural. ``epoch_length``: "natural" draws N images; "keep_head" as many as show each
-    image of the largest class once (after ``head_cap``): oversampling lengthens the epoch,
-    undersampling shortens it.
+    images, others of them each time. Before ``start`` (share of training) sampling is
+    natural. ``epoch_length`` is that of a pass: "natural" draws N images; "keep_head" as many
+    as show each image of the largest class once (after ``head_cap``): oversampling lengthens
+    the pass, undersampling shortens it. A trial's epoch has N images either way, and passes
+    run on across epochs.
     """
 
     exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
