@@ -21,7 +21,7 @@ from tuner.heads._plans import own_planner
 from tuner.lane import Lane
 from tuner.samplers import SAMPLERS
 from tuner.space import parse_space
-from tuner.trainer import Interrupted, epochs
+from tuner.trainer import epochs
 from tuner.training import batches_of, steps_per_epoch
 
 SAMPLED: list[dict[str, Any]] = [
@@ -30,7 +30,6 @@ SAMPLED: list[dict[str, Any]] = [
     {"name": "class_aware", "epoch_length": "keep_head", "start": 0.5},
     {"name": "class_aware", "exponent": 0.0, "head_cap": 2.0, "epoch_length": "keep_head"},
 ]
-LONG = SAMPLED[-3]
 
 
 @pytest.mark.parametrize("sampler", SAMPLED, ids=str)
@@ -77,34 +76,6 @@ def test_step_has_the_rate_and_progress_of_its_place_in_the_training(
     # Two epochs of warm-up to 0.1, then half a cosine over the other two.
     first_of_epoch = [found[0][epoch * each][1][0] for epoch in range(4)]
     assert first_of_epoch == pytest.approx([0.0, 0.05, 0.1, 0.05])
-
-
-def test_rest_of_a_pass_comes_first_in_the_next_epoch_also_after_an_interruption(
-    digits: Data,
-) -> None:
-    which = recipe(sampler=LONG)
-    asked = itertools.count(1)
-    lane = Lane(which, digits, "cpu")
-    whole = lane.samplers[0].one_pass(0.0)
-    images = len(digits.train)
-    assert 2 * images < len(whole) < 3 * images
-    with pytest.raises(Interrupted) as caught:
-        list(epochs(which, digits, stop=lambda: next(asked) >= steps_per_epoch(images, 64) + 2))
-    tensors = caught.value.snapshot.tensors
-    assert torch.equal(tensors["epoch/indices"], whole[images : 2 * images])
-    assert torch.equal(tensors["sampler0/rest"], whole[2 * images :])
-
-
-def test_rest_of_a_pass_ends_with_the_stage_of_its_sampler(digits: Data) -> None:
-    training = {"name": "two_stage", "switch": 0.5, "order": "balanced_first", "batch_size": 64}
-    lane = Lane(recipe(sampler=LONG, training=training), digits, "cpu")
-    for lane.epoch in range(4):
-        lane.begin_epoch()
-        shown = torch.cat(lane.plan())
-        assert len(shown) == len(digits.train)
-        is_natural = bool((shown.bincount() == 1).all())
-        assert is_natural == (lane.epoch >= 2)
-    assert len(lane.samplers[0].state_dict()["rest"])
 
 
 def test_head_rung_has_equal_epochs_with_batches_of_their_own(digits: Data) -> None:

@@ -1,8 +1,8 @@
-"""Epochs of a sampler: as many images for every sampler, while its passes run on."""
+"""Epochs of a sampler have as many images for every sampler; passes need not."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,14 +52,6 @@ def test_epochs_are_passes_where_these_are_as_long(component: SamplerComponent) 
             assert torch.equal(one.epoch(progress), other.one_pass(progress))
 
 
-def test_long_pass_is_complete_across_the_borders_of_epochs() -> None:
-    one, other = built(LONG), built(LONG)
-    assert one.num_draws(0.0) == 800
-    epochs = torch.cat([one.epoch(0.0) for _ in range(6)])
-    passes = torch.cat([other.one_pass(0.0) for _ in range(3)])
-    assert torch.equal(epochs, passes[: len(epochs)])
-
-
 @pytest.mark.parametrize("component", [LONG, SHORT], ids=["long", "short"])
 def test_image_returns_only_after_its_class_was_shown_whatever_the_length_of_passes(
     component: SamplerComponent,
@@ -74,50 +66,18 @@ def test_image_returns_only_after_its_class_was_shown_whatever_the_length_of_pas
         assert (turns == torch.argwhere(TARGETS.eq(c)).flatten()).all()
 
 
-def test_short_passes_of_an_epoch_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-    multinomial = torch.multinomial
-
-    def watched(weights: Tensor, number: int, **options: Any) -> Tensor:
-        drawn.append(number)
-        return multinomial(weights, number, **options)
-
-    monkeypatch.setattr(torch, "multinomial", watched)
-    sampler = built(SHORT)
-    for _ in range(3):
-        sampler.epoch(0.0)
-    assert sampler.num_draws(0.0) == 65
-    # 285 images an epoch: 5 passes of 65 leave 40, these and 4 more leave 15, then 5 again.
-    assert drawn == [5 * 65, 4 * 65, 5 * 65]
+def test_length_of_a_pass_changes_no_epoch() -> None:
+    for component in (LONG, SHORT):
+        one, other = built(component), built(replace(component, epoch_length="natural"))
+        assert component.canonical() == replace(component, epoch_length="natural").canonical()
+        for _ in range(3):
+            assert torch.equal(one.epoch(0.0), other.epoch(0.0))
 
 
-@pytest.mark.parametrize("component", [LONG, SHORT], ids=["long", "short"])
-def test_rest_of_a_pass_is_part_of_the_state(component: SamplerComponent) -> None:
-    whole = built(component)
-    whole.epoch(0.0)
-    state = whole.state_dict()
-    left = {"long": 800 - 285, "short": 5 * 65 - 285}
-    assert len(state["rest"]) == left["long" if component is LONG else "short"]
-    resumed = built(component)
-    resumed.load_state_dict(state)
-    for _ in range(4):
-        assert torch.equal(whole.epoch(0.0), resumed.epoch(0.0))
-
-
-@pytest.mark.parametrize("component", ALL, ids=repr)
-def test_state_of_when_every_pass_was_an_epoch_has_no_rest(component: SamplerComponent) -> None:
-    before, now = built(component), built(component)
-    before.one_pass(0.5)
-    now.load_state_dict({k: v for k, v in before.state_dict().items() if k != "rest"})
-    assert torch.equal(now.epoch(0.6), before.epoch(0.6))
-
-
-def test_ordinary_iteration_is_a_pass_and_keeps_what_epochs_left_over() -> None:
+def test_ordinary_iteration_is_a_pass() -> None:
     sampler = built(LONG)
-    sampler.epoch(1.0)
-    rest = sampler.state_dict()["rest"]
     assert len(list(sampler)) == len(sampler) == 800
-    assert torch.equal(sampler.epoch(1.0), rest[: len(TARGETS)])
+    assert len(sampler.epoch(1.0)) == len(TARGETS)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

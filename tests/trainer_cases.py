@@ -31,9 +31,6 @@ VARIED: dict[str, dict[str, Any]] = {
         "augment": {"name": "standard", "flip": False, "crop_padding": 1, "mixup": 0.4},
     },
     "curriculum": {"sampler": {"name": "curriculum"}},
-    "passes longer than an epoch": {
-        "sampler": {"name": "class_aware", "epoch_length": "keep_head", "start": 0.25}
-    },
     "two stages, classifier only": {
         "training": {
             "name": "two_stage",

@@ -144,10 +144,7 @@ class Lane:
             self.model.backbone.requires_grad_(False)
 
     def plan(self) -> list[Tensor]:
-        """Indices of the coming epoch, batch by batch: as many for every sampler.
-
-        What is left of a pass of the sampler comes first, but not what an earlier stage left.
-        """
+        """Indices of the coming epoch, batch by batch: as many for every sampler."""
         indices = self.samplers[self.stage].epoch(self.progress)
         return batches_of(indices, self.recipe.training.batch_size)
 

@@ -24,13 +24,12 @@ EpochLength = Literal["natural", "keep_head"]
 class ClassSampler(Sampler[int]):
     """Draws image indices, in epochs or in passes; the same seed gives the same ones everywhere.
 
-    A pass is as long as the component says (``num_draws``). An epoch has as many images as
-    there are, so that equal epochs are equal budgets, and passes run on across its borders:
-    what is left of one when the epoch is full goes first in the next epoch.
+    An epoch has as many images as there are, so that equal epochs are equal budgets of
+    optimizer steps; a pass is as long as the component says (``num_draws``).
 
     Classes are drawn with replacement by their probabilities, the images of a class without
-    replacement from its ring, across passes too. Every rank plans the same and takes every
-    ``world_size``-th index of it, so shards may differ in length by one.
+    replacement from its ring, which runs on across epochs and passes. Every rank plans the same
+    and takes every ``world_size``-th index of it, so shards may differ in length by one.
 
     ``epoch(progress)`` is for the trainer. As an ordinary ``Sampler`` in a ``DataLoader``
     each iteration is a pass at ``set_progress(...)``, by default 1.0: whoever never sets
@@ -63,8 +62,7 @@ class ClassSampler(Sampler[int]):
         self._order = np.argsort(targets.cpu().numpy(), kind="stable")
         self._start = np.cumsum(self._counts) - self._counts
         self._drawn = np.zeros_like(self._counts)
-        self._number = 0
-        self._rest = torch.zeros(0, dtype=torch.int64)
+        self._epoch = 0
         self._progress = 1.0
         self.class_probabilities(1.0)
 
@@ -77,33 +75,23 @@ class ClassSampler(Sampler[int]):
         return self.component.num_draws(self.class_counts, progress, self.groups)
 
     def epoch(self, progress: float) -> Tensor:
-        """Image indices (this rank's share of the next epoch), int64; moves on by one epoch.
-
-        Passes that begin in it are drawn at ``progress``, that of the beginning of the epoch.
-        """
-        plan = self._rest
-        missing = self._images - len(plan)
-        if missing > 0:
-            passes = -(-missing // self.num_draws(progress))
-            plan = torch.cat([plan, self._passes(progress, passes)])
-        self._rest = plan[self._images :].clone()
-        return self._share(plan[: self._images])
+        """Image indices (this rank's share of the next epoch), int64; moves on by one epoch."""
+        return self._share(self._drawn_plan(progress, self._images))
 
     def one_pass(self, progress: float) -> Tensor:
-        """Image indices (this rank's share) of a pass, int64; what epochs left over is kept."""
-        return self._share(self._passes(progress, 1))
+        """Image indices (this rank's share) of a pass, int64; moves on as an epoch does."""
+        return self._share(self._drawn_plan(progress, self.num_draws(progress)))
 
     def _share(self, plan: Tensor) -> Tensor:
         return plan[self.rank :: self.world_size].contiguous()
 
-    def _passes(self, progress: float, passes: int) -> Tensor:
-        """Successive passes, drawn at once; natural ones, which are epochs, one at a time."""
+    def _drawn_plan(self, progress: float, draws: int) -> Tensor:
         if self.component.is_natural(progress):
-            shuffle = generator(self.seed, "natural", self._number)
+            shuffle = generator(self.seed, "natural", self._epoch)
             plan = torch.randperm(self._images, generator=shuffle)
         else:
-            plan = self._class_plan(progress, passes * self.num_draws(progress))
-        self._number += 1
+            plan = self._class_plan(progress, draws)
+        self._epoch += 1
         return plan
 
     def _class_plan(self, progress: float, draws: int) -> Tensor:
@@ -111,7 +99,7 @@ class ClassSampler(Sampler[int]):
             self.class_probabilities(progress),
             draws,
             replacement=True,
-            generator=generator(self.seed, "classes", self._number),
+            generator=generator(self.seed, "classes", self._epoch),
         ).numpy()
         plan = draw(self._rings(progress), classes)
         self._drawn += np.bincount(classes, minlength=len(self._counts))
@@ -135,14 +123,10 @@ class ClassSampler(Sampler[int]):
         return len(range(self.rank, self.num_draws(self._progress), self.world_size))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that the continuation depends on.
-
-        How often something was drawn ("epoch"), draws of each class, and what is left of a pass.
-        """
+        """Number of epochs and draws of each class: all that the continuation depends on."""
         return {
-            "epoch": torch.tensor(self._number),
+            "epoch": torch.tensor(self._epoch),
             "drawn": torch.from_numpy(self._drawn.copy()),
-            "rest": self._rest.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -151,17 +135,14 @@ class ClassSampler(Sampler[int]):
         Raises:
             CheckpointError: The state is of another sampler or of other data.
         """
-        # Of when every pass was an epoch: nothing was left of one.
-        state = {"rest": self._rest[:0], **state}
         for name, own in self.state_dict().items():
-            if name not in state or (name != "rest" and state[name].shape != own.shape):
+            if name not in state or state[name].shape != own.shape:
                 raise CheckpointError(
                     f"sampler state: {name!r} is missing or of another shape than "
                     f"{tuple(own.shape)}; it was saved for another sampler or other data"
                 )
-        self._number = int(state["epoch"])
+        self._epoch = int(state["epoch"])
         self._drawn = state["drawn"].cpu().numpy().copy()
-        self._rest = state["rest"].cpu().clone()
 
     def expected_repeats(self, progress: float) -> Tensor:
         """How often an image of each class is drawn per epoch on average, (C,) float64."""

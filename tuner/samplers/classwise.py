@@ -55,10 +55,10 @@ class ClassAware(SamplerComponent):
     (Kang et al. 2020, equation 1, with q = 1 - exponent). ``tail_factor`` multiplies p of the
     tail classes. ``head_cap`` undersamples: no class counts for more than ``head_cap``·n_min
     images, others of them each time. Before ``start`` (share of training) sampling is
-    natural. ``epoch_length`` is that of a pass: "natural" draws N images; "keep_head" as many
-    as show each image of the largest class once (after ``head_cap``): oversampling lengthens
-    the pass, undersampling shortens it. A trial's epoch has N images either way, and passes
-    run on across epochs.
+    natural. ``epoch_length`` is for a ``DataLoader`` of one's own: "natural" draws N images;
+    "keep_head" as many as show each image of the largest class once (after ``head_cap``):
+    oversampling lengthens the pass, undersampling shortens it. It changes no trial: an epoch of
+    a trial has N images for every sampler.
     """
 
     exponent: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -100,9 +100,8 @@ class ClassAware(SamplerComponent):
         """``natural`` if nothing is changed; no cap where it cannot matter."""
         if self.exponent == 0 and self.tail_factor == 1 and self.head_cap is None:
             return Natural()
-        if self.exponent == 1 and self.epoch_length == "natural":
-            return replace(self, head_cap=None)
-        return self
+        cap = None if self.exponent == 1 else self.head_cap
+        return replace(self, head_cap=cap, epoch_length="natural")
 
     def _capped(self, class_counts: Tensor) -> Tensor:
         counts = class_counts.to(torch.float64)

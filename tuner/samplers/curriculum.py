@@ -22,8 +22,7 @@ class CurriculumSampler(ClassSampler):
 
     An image without a loss yet counts as easier than all others, in a seeded order: the
     early epochs so try every image before the ranking decides. Rings begin anew in every
-    pass, because the offer changes. A pass is an epoch: it is drawn with the losses of all
-    epochs before.
+    epoch, because the offer changes: it is drawn with the losses of all epochs before.
     """
 
     needs_losses: ClassVar[bool] = True
@@ -49,7 +48,7 @@ class CurriculumSampler(ClassSampler):
     def _rings(self, progress: float) -> Rings:
         order = np.lexsort((self._ties, self._losses, self._targets))
         sizes = self.component.pool_sizes(self.class_counts, progress).numpy()
-        key = derive_seed(self.seed, "pools", self._number)
+        key = derive_seed(self.seed, "pools", self._epoch)
         return Rings(order, self._start, sizes, np.zeros_like(self._drawn), key)
 
     def unseen_share(self, progress: float) -> Tensor:
@@ -59,7 +58,7 @@ class CurriculumSampler(ClassSampler):
         return torch.where(self.class_counts > 0, 1 - shown, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What every sampler keeps, and the latest loss of each image."""
+        """Number of epochs, draws of each class, and the latest loss of each image."""
         return super().state_dict() | {"losses": torch.from_numpy(self._losses.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
