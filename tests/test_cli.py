@@ -73,6 +73,22 @@ def tuner(tmp_path_factory: pytest.TempPathFactory) -> Tuner:
     return made
 
 
+def test_run_with_two_slots_shares_the_trials_out_and_shows_what_they_found(
+    tmp_path: Path,
+) -> None:
+    together = Tuner(tmp_path)
+    out, err = together("run", "small.toml", "--device", "cpu", "--slots", "2")
+    assert "2 slots on cpu, 1 thread each" in err
+    assert "tail" in out
+    trials = together.json("trials", "small")
+    assert {trial["state"] for trial in trials} <= {"complete", "pruned"}
+    assert len(trials) == 4
+    # Whoever comes when the study is over does not enter.
+    slots = together.json("workers", "small", "--all")
+    assert {slot["state"] for slot in slots} == {"left"}
+    assert {slot["worker"].rpartition("/")[2] for slot in slots} <= {"0", "1"}
+
+
 def test_status_counts_trials_of_one_study_and_of_all(tuner: Tuner) -> None:
     one = tuner.json("status", "small")
     assert one["complete"] + one["pruned"] == one["budget"] == 4

@@ -50,6 +50,15 @@ def run(
     data: DataFolder = None,
     artifacts: Artifacts = None,
     device: Device = None,
+    slots: Annotated[
+        int,
+        typer.Option(
+            "--slots",
+            min=1,
+            help="Processes that share the cores. With one, the same study gives the same trials; "
+            "with more, what is proposed depends on who is done first.",
+        ),
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the report and the recipe (default: runs)"),
@@ -60,7 +69,11 @@ def run(
 
     where = chosen_device(device)
     session, loaded = _created(study, storage, data, artifacts)
-    if _work(session, loaded, where):
+    if slots > 1:
+        stopped = _work_together(session, where, slots, storage, data, artifacts)
+    else:
+        stopped = _work(session, loaded, where)
+    if stopped:
         log.warning("stopped; the same command again goes on where this stopped")
         return
     options = {"storage": storage, "data": data, "artifacts": artifacts}
@@ -101,11 +114,41 @@ def _created(
     return made, loaded
 
 
+def _work_together(
+    session: Session,
+    device: str,
+    slots: int,
+    storage: str | None,
+    data: Path | None,
+    artifacts: str | None,
+) -> bool:
+    """Work on the study with several processes; whether somebody asked to stop."""
+    from tuner.cli.work import new_name, slot_environment, supervise
+    from tuner.errors import TunerError
+    from tuner.slots import plan_slots, usable_cores
+    from tuner.worker import StopRequest
+
+    if device.partition(":")[0] == "cuda":
+        raise TunerError(
+            f"--slots {slots} is for the processor; for more processes on GPUs: tuner create, "
+            "then tuner worker --slots-per-gpu"
+        )
+    plans = plan_slots(device, cores=usable_cores(), slots=slots)
+    environment = slot_environment(storage, data, artifacts)
+    with StopRequest().installed() as stop:
+        supervise(session, plans, new_name(), environment, stop)
+        return stop.asked
+
+
 def _work(session: Session, data: Data, device: str) -> bool:
-    """Work on the study; whether somebody asked to stop."""
+    """Work on the study in this process; whether somebody asked to stop."""
     from tuner.cli.show import Display
+    from tuner.slots import usable_cores
     from tuner.worker import StopRequest, work
 
+    cores = usable_cores()
+    if device == "cpu" and cores > 1:
+        log.info("one of %d cores is at work; --slots %d takes them all", cores, cores)
     on_device = data.to(device) if device != "cpu" else data
     with StopRequest().installed() as stop, Display(session, terminal=sys.stderr.isatty()) as show:
         work(

@@ -18,6 +18,7 @@ from tuner.cli.slot import Grace, Lanes
 if TYPE_CHECKING:
     from tuner.session import Session
     from tuner.slots import SlotPlan
+    from tuner.worker import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -68,31 +69,46 @@ def worker(
     grace: Grace = 60.0,
 ) -> None:
     """Work on a study that was created before, with all slots of this machine, until it is done."""
-    from tuner.cli.machine import Bars
-    from tuner.supervisor import Supervisor
     from tuner.worker import StopRequest
 
     with StopRequest().installed() as stop:
         session = joined(study, storage, artifacts, writes=True, lasting=True)
-        environment = _environment(storage, data, artifacts, grace, lanes)
+        environment = slot_environment(storage, data, artifacts, grace, lanes)
         plans = _plans(session, device, gpus, slots, slots_per_gpu, threads, environment)
-        name = name or _new_name()
-        terminal = sys.stderr.isatty()
-        _introduce(name, plans)
-        with Bars(session, terminal=terminal) as bars:
-            reason = Supervisor(
-                session,
-                plans,
-                name,
-                lambda plan, own: _slot_command(session, plan, own, terminal),
-                environment=environment,
-                wait=wait,
-                grace=grace,
-                stop=stop,
-                say=bars.say,
-                show=bars.show,
-            ).run()
+        name = name or new_name()
+        reason = supervise(session, plans, name, environment, stop, wait=wait, grace=grace)
     _conclude(session, reason)
+
+
+def supervise(
+    session: Session,
+    plans: Sequence[SlotPlan],
+    name: str,
+    environment: dict[str, str],
+    stop: StopRequest,
+    *,
+    wait: bool = True,
+    grace: float = 60.0,
+) -> str | None:
+    """Work with a process for each slot; why it ended, None if ``stop`` said so."""
+    from tuner.cli.machine import Bars
+    from tuner.supervisor import Supervisor
+
+    terminal = sys.stderr.isatty()
+    _introduce(name, plans)
+    with Bars(session, terminal=terminal) as bars:
+        return Supervisor(
+            session,
+            plans,
+            name,
+            lambda plan, own: _slot_command(session, plan, own, terminal),
+            environment=environment,
+            wait=wait,
+            grace=grace,
+            stop=stop,
+            say=bars.say,
+            show=bars.show,
+        ).run()
 
 
 def _slot_command(session: Session, plan: SlotPlan, name: str, terminal: bool) -> list[str]:
@@ -119,14 +135,14 @@ def _tuner() -> list[str]:
     return [sys.executable, *([] if here else ["-P"]), "-m", "tuner"]
 
 
-def _environment(
+def slot_environment(
     storage: str | None,
     data: Path | None,
     artifacts: str | None,
-    grace: float,
-    lanes: int | None,
+    grace: float = 60.0,
+    lanes: int | None = None,
 ) -> dict[str, str]:
-    """This process's environment, with what was said on the command line."""
+    """The environment of a slot's process: this one, with what was said on the command line."""
     from tuner.storage import storage_url
 
     said = {
@@ -210,7 +226,7 @@ def _measured(session: Session, gpus: Sequence[str], environment: dict[str, str]
         return list(pool.map(measured, gpus))
 
 
-def _new_name() -> str:
+def new_name() -> str:
     """A name for this worker that nobody else has."""
     import socket
 
