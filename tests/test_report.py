@@ -81,6 +81,14 @@ class TestPage:
         assert "τ = 1.20, needs no search and gives 50.0 % tail accuracy and 69.0 %" in text
         assert "66.0 % on validation; on images it never saw, the same recipe has 60.0 %" in text
 
+    def test_says_how_much_overall_accuracy_a_recipe_must_keep(self, session: Session) -> None:
+        text = own_text(report_html(session))
+        assert "while overall accuracy stays within 2.0 points of plain cross-entropy." in text
+        add_trial(session, 0.4, accuracy=0.05, **COMPLETE_BASELINE)
+        text = own_text(report_html(session))
+        assert "overall accuracy stays at 4.0 % or above; plain cross-entropy has 5.0 %." in text
+        assert "does no better than guessing: 5.0 % balanced accuracy with 10 classes" in text
+
     def test_has_all_figures_and_plotly_once(self, page: str) -> None:
         assert figure_names(page) == ["recall", "history", "losses", "tradeoff", "pruning"]
         assert page.count("plotly.js v") == 1

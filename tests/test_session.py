@@ -211,6 +211,31 @@ def test_best_keeps_the_floor_below_the_baseline(make_session: MakeSession) -> N
     assert best.number == 2
 
 
+def test_floor_binds_where_plain_cross_entropy_has_less_than_the_drop(
+    make_session: MakeSession,
+) -> None:
+    session = make_session()
+    finish(session, tail=0.0, overall=0.018)
+    finish(session, tail=0.5, overall=0.002)
+    finish(session, tail=0.1, overall=0.015)
+    best = session.best()
+    assert best is not None
+    assert best.number == 2
+    assert not session.keeps_floor(session.trials()[1])
+
+
+def test_study_whose_baseline_guesses_says_so(make_session: MakeSession) -> None:
+    session = make_session()
+    assert session.cautions() == []
+    finish(session, tail=0.0, overall=0.1)
+    (said,) = session.cautions()
+    assert said.startswith("plain cross-entropy does no better than guessing: 10.0 % balanced")
+    assert "with 10 classes" in said
+    better = make_session(name="better")
+    finish(better, tail=0.3, overall=0.2)
+    assert better.cautions() == []
+
+
 def test_when_all_break_the_floor_the_least_breach_is_best(make_session: MakeSession) -> None:
     session = make_session()
     trial = claim(session)

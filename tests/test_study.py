@@ -11,6 +11,7 @@ import pytest
 
 from tuner.errors import StudyFileError
 from tuner.metrics import METRICS
+from tuner.sections import Floor
 from tuner.study import LARGEST_GRID, StudyFile, load
 
 SHIPPED = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
@@ -93,6 +94,29 @@ def test_a_part_may_be_fixed_to_any_component(tmp_path: Path) -> None:
 
 def test_floor_can_be_switched_off(tmp_path: Path) -> None:
     assert read(tmp_path, objective="[objective]\nfloor = false").objective.floor is None
+
+
+@pytest.mark.parametrize(
+    ("drop", "plain", "bound"),
+    [
+        (0.02, 0.8, 0.78),
+        (0.02, 0.1, 0.08),
+        (0.02, 0.05, 0.04),
+        (0.02, 0.01, 0.008),
+        (0.0, 0.05, 0.05),
+        (0.5, 0.8, 0.4),
+        (0.5, 0.04, 0.02),
+        (1.0, 0.8, 0.0),
+    ],
+)
+def test_floor_leaves_most_of_what_the_baseline_has(
+    drop: float, plain: float, bound: float
+) -> None:
+    assert Floor(drop=drop).bound(plain) == pytest.approx(bound)
+
+
+def test_floor_of_a_metric_to_minimise_lies_above_the_baseline() -> None:
+    assert Floor(metric="ece", drop=0.02).bound(0.01) == pytest.approx(0.03)
 
 
 def test_windows_line_ends_and_byte_order_mark_change_nothing(tmp_path: Path) -> None:

@@ -7,21 +7,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from tuner.metrics import METRICS
 from tuner.registry import component
 
 LARGEST = 100_000
+LARGEST_SHARE = 0.2
+"""What a floor lets go of the baseline's value at most, if its ``drop`` is no larger."""
 
 
 @component
 class Floor:
     """A metric that may not fall more than ``drop`` below the cross-entropy baseline's.
 
-    Like every metric of the search it is taken over the validation images, whose class mix is
-    flatter than that of the training part (``data.validation_cap``).
+    Nor by more than a fifth of what the baseline has (or the share ``drop``, if that is more):
+    with hundreds of classes plain cross-entropy may have less than ``drop`` to lose, and any
+    recipe would do. A metric to minimise may rise by ``drop``. Like every metric of the search it
+    is taken over the validation images, whose class mix is flatter than that of the training part
+    (``data.validation_cap``).
     """
 
     metric: str = "accuracy"
     drop: Annotated[float, Field(ge=0, le=1)] = 0.02
+
+    def bound(self, plain: float) -> float:
+        """The worst value a recipe may have where the baseline has ``plain``."""
+        if METRICS[self.metric] == "minimize":
+            return plain + self.drop
+        return plain - min(self.drop, self._share * plain)
+
+    @property
+    def _share(self) -> float:
+        return max(LARGEST_SHARE, self.drop)
+
+    def __str__(self) -> str:
+        if METRICS[self.metric] == "minimize":
+            return f"{self.metric} at most {self.drop:g} above plain cross-entropy"
+        points = f"at most {100 * self.drop:g} points, and {100 * self._share:g} % of it,"
+        return f"{self.metric} {points} below plain cross-entropy"
 
 
 def _floor(value: Any) -> Any:

@@ -24,6 +24,7 @@ from tuner.ladder import Rung, is_judged
 from tuner.ledger import FencedStorage, Ledger, Limits, prepare, prepared
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
+from tuner.pruning import is_at_chance
 from tuner.remote import is_remote
 from tuner.search import CohortTPESampler
 from tuner.storage import exclusive, lease_seconds, open_storage, opening
@@ -104,7 +105,7 @@ class Session:
     ) -> float | None:
         """How far below the floor a trial's metrics are (<= 0: kept); None without a floor.
 
-        The floor is the baseline's metric as it is, without adjustment, minus the drop.
+        The floor follows from the baseline's metric as it is, without adjustment: see ``Floor``.
         ``plain`` are the baseline's metrics; by default those of the one that is complete.
         """
         floor, baseline = self.file.objective.floor, self.baseline()
@@ -117,7 +118,7 @@ class Session:
         if reference is None or value is None:
             return None
         sign = 1 if METRICS[floor.metric] == "maximize" else -1
-        return float(sign * (reference - value) - floor.drop)
+        return float(sign * (floor.bound(reference) - value))
 
     def keeps_floor(self, trial: FrozenTrial) -> bool:
         """Whether a judged trial keeps the floor, or there is none to keep.
@@ -125,6 +126,21 @@ class Session:
         The baseline has to keep it too: adjusted, it may not.
         """
         return self._breach(trial) <= 0
+
+    def cautions(self) -> list[str]:
+        """What its baseline makes doubtful about the whole study, for people."""
+        baseline, attrs = self.baseline(), self.study.user_attrs
+        raw = {} if baseline is None else baseline.user_attrs["metrics"]["raw"]
+        balanced = raw.get("balanced_accuracy")
+        classes, images = len(attrs["class_counts"]), sum(attrs["validation_counts"])
+        if balanced is None or not is_at_chance(balanced, classes, images, progress=1.0):
+            return []
+        return [
+            f"plain cross-entropy does no better than guessing: {100 * balanced:.1f} % balanced "
+            f"accuracy with {classes} classes; the floor excludes next to nothing then, and "
+            "recipes can hardly be told apart: train longer (budget.epochs), or with other "
+            "learning rates"
+        ]
 
     def identity(self) -> dict[str, str]:
         """What files of this study are told apart by: its own id and that of its data."""

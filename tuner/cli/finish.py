@@ -126,6 +126,7 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
     """What the table allows to say, and what it does not."""
     metric = session.file.objective.metric
     lines = [_difference(metric, verdict), _free_gain(verdict)]
+    lines += (f"note: {caution}" for caution in session.cautions())
     if verdict["part"] == "validation":
         lines.append(
             "There is no test part: these are the images the search chose by, so expect less on "

@@ -54,7 +54,7 @@ def check(
     rungs = _rungs(file)
     if as_json:
         known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
-        print_json({**known, "rungs": rungs, "data": lines})
+        print_json({**known, "objective": _objective(file), "rungs": rungs, "data": lines})
         return
     title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
     table = Table(title=escape(title))
@@ -63,10 +63,19 @@ def check(
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+    print(f"objective: {_objective(file)}")
     if file.ladder.rungs != ("full",):
         _print_rungs(rungs, len(rows))
     for line in lines:
         print(line)
+
+
+def _objective(file: StudyFile) -> str:
+    """What trials are judged by, in words."""
+    objective = file.objective
+    kind = "adjusted" if objective.adjusted else "raw"
+    floor = "no floor" if objective.floor is None else str(objective.floor)
+    return f"{kind} {objective.metric}; {floor}"
 
 
 def _rungs(file: StudyFile) -> list[dict[str, Any]]:

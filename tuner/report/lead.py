@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tuner.report.data import OverviewData, VerdictData, VerdictRow
 from tuner.report.markup import Html, element, table
-from tuner.report.words import amount, capital, count, difference, estimate, label, p_value
+from tuner.report.words import amount, capital, count, difference, estimate, label, p_value, size
 
 
 def lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
@@ -32,11 +32,16 @@ def lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
 def _goal(overview: OverviewData) -> str:
     how = "after logit adjustment" if overview.adjusted else "without adjustment"
     text = f"Searched for the best {label(overview.metric)} on validation, {how}"
-    if overview.floor is None:
+    floor = overview.floor
+    if floor is None:
         return f"{text}."
-    metric, drop = overview.floor
-    points = f"{100 * drop:.1f} points"
-    return f"{text}, while {label(metric)} stays within {points} of plain cross-entropy."
+    name = label(floor.metric)
+    if floor.plain is None or floor.bound is None:
+        drop = size(floor.metric, floor.drop)
+        return f"{text}, while {name} stays within {drop} of plain cross-entropy."
+    plain, bound = amount(floor.metric, floor.plain), amount(floor.metric, floor.bound)
+    side = "above" if floor.bound <= floor.plain else "below"
+    return f"{text}, while {name} stays at {bound} or {side}; plain cross-entropy has {plain}."
 
 
 def _progress(overview: OverviewData) -> str:

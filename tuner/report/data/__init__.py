@@ -22,6 +22,7 @@ from tuner.report.data._ladder import Comparison, LadderData, RungRow, Twin, lad
 from tuner.report.data._moment import still
 from tuner.report.data._overview import (
     BestRecipe,
+    FloorData,
     GroupSize,
     OverviewData,
     Setting,
@@ -49,6 +50,7 @@ __all__ = [
     "Control",
     "Difference",
     "Estimate",
+    "FloorData",
     "GroupSize",
     "HeadTailData",
     "HistoryData",

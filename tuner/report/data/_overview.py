@@ -51,6 +51,19 @@ class BestRecipe:
 
 
 @dataclass(frozen=True)
+class FloorData:
+    """What a recipe must keep: ``bound`` is the worst value that its metric may have.
+
+    ``plain`` is plain cross-entropy's; both are None before that is trained.
+    """
+
+    metric: str
+    drop: float
+    plain: float | None
+    bound: float | None
+
+
+@dataclass(frozen=True)
 class OverviewData:
     """Facts of a study; the test part's images are None before it was looked at.
 
@@ -61,7 +74,7 @@ class OverviewData:
     name: str
     metric: str
     adjusted: bool
-    floor: tuple[str, float] | None
+    floor: FloorData | None
     states: dict[str, int]
     budget: int
     last: str
@@ -88,7 +101,7 @@ def overview_data(session: Session) -> OverviewData:
         name=session.file.name,
         metric=objective.metric,
         adjusted=objective.adjusted,
-        floor=(objective.floor.metric, objective.floor.drop) if objective.floor else None,
+        floor=_floor(session),
         states=dict(Counter(state_of(t) for t in session.trials() if is_searched(session, t))),
         budget=session.file.trials() + (session.file.ladder.last != "full"),
         last=session.file.ladder.last,
@@ -102,11 +115,21 @@ def overview_data(session: Session) -> OverviewData:
             GroupSize(name, len(members), sum(counts[c] for c in members))
             for name, members in attrs.get("groups", {}).items()
         ),
-        warnings=tuple(attrs.get("warnings", [])),
+        warnings=(*attrs.get("warnings", []), *session.cautions()),
         fingerprint=attrs.get("fingerprint", ""),
         version=attrs.get("tuner_version", ""),
         best=None if best is None else _best(session, best),
     )
+
+
+def _floor(session: Session) -> FloorData | None:
+    floor, baseline = session.file.objective.floor, session.baseline()
+    if floor is None:
+        return None
+    metrics = {} if baseline is None else baseline.user_attrs["metrics"]["raw"]
+    plain = number(metrics.get(floor.metric))
+    bound = None if plain is None else floor.bound(plain)
+    return FloorData(floor.metric, floor.drop, plain, bound)
 
 
 def _below(session: Session) -> dict[str, int]:
