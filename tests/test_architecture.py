@@ -32,7 +32,7 @@ remote
 storage
 ledger
 proxy
-fit pulse held
+fit pulse held ended
 climbing
 confirm
 tickets

@@ -16,7 +16,7 @@ from tuner.datasets import Data
 from tuner.errors import DataError
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
-from tuner.pruning import Curve
+from tuner.pruning import Curve, Curves
 from tuner.recipe import Recipe
 from tuner.rungs import training
 from tuner.rungs.outcome import Outcome
@@ -170,7 +170,7 @@ def test_trials_that_break_the_floor_are_no_peers_to_prune_by(
 ) -> None:
     seen: list[int] = []
 
-    def count(_: Curve, peers: list[Curve], **__: float) -> bool:
+    def count(_: Curve, peers: Curves, **__: float) -> bool:
         seen.append(len(peers))
         return False
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tuner.imbalance import Groups
-from tuner.pruning import Curve, effective_images, is_at_chance, is_behind
+from tuner.pruning import Curve, Curves, effective_images, is_at_chance, is_behind
 
 EPOCHS = 20
 
@@ -21,7 +22,7 @@ PEERS = [curve(level) for level in (0.7, 0.72, 0.75, 0.8, 0.82)]
 
 
 def behind(candidate: Curve, peers: list[Curve] = PEERS, images: int = 100) -> bool:
-    return is_behind(candidate, peers, images=images, after=0.5)
+    return is_behind(candidate, Curves(peers), images=images, after=0.5)
 
 
 def test_trial_far_below_its_peers_is_behind() -> None:
@@ -68,6 +69,26 @@ def test_two_trials_of_every_loss_are_kept() -> None:
 
 def test_too_few_peers_decide_nothing() -> None:
     assert not behind(curve(0.1, length=12), PEERS[:3])
+
+
+def test_peers_that_end_one_by_one_stand_in_order_at_every_share() -> None:
+    chance = random.Random(0)
+    peers, found = [], Curves()
+    for length in (*range(1, EPOCHS + 1), EPOCHS, EPOCHS):
+        values = tuple(chance.random() for _ in range(length))
+        peers.append(Curve("focal", values, EPOCHS, settled=0.1, complete=length == EPOCHS))
+        found.add(peers[-1])
+        for epoch in range(1, EPOCHS + 1):
+            there = [v for p in peers if (v := p.at(epoch / EPOCHS)) is not None]
+            assert found.at(epoch / EPOCHS) == sorted(there)
+    assert found.complete("focal") == 3
+    assert found.complete("ldam") == 0
+
+
+def test_value_that_could_not_be_estimated_is_no_peers() -> None:
+    nothing = curve(float("nan"))
+    assert behind(curve(0.3, length=12), [*PEERS, nothing])
+    assert len(Curves([nothing, *PEERS]).at(0.6)) == len(PEERS)
 
 
 def test_trials_of_other_lengths_are_compared_at_equal_fraction() -> None:

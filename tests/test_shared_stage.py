@@ -253,7 +253,7 @@ def test_branched_trial_is_compared_from_its_own_first_epoch_on(
     monkeypatch.setattr(training, "is_behind", behind)
     run_next(session, digits)
     assert seen == [(SWITCH, 1)], "the last epoch ends the trial anyway"
-    whole, branched = Peers(session).now("full")[-2:]
+    whole, branched = Peers(session).now("full").curves[-2:]
     assert (whole.first, whole.length) == (0, EPOCHS)
     assert (branched.first, branched.length) == (SWITCH, EPOCHS)
     assert branched.at(1.0) == stored(session, 2).value

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from optuna.trial import FrozenTrial, TrialState
-
 from tuner.metrics import METRICS
 from tuner.session import Session
 
 
 def reached(session: Session) -> tuple[str, str] | None:
     """The goal a study has reached, and how, in words; None while there is none."""
-    budget, best = session.file.budget, session.best()
+    budget = session.file.budget
+    if budget.target is None and budget.plateau is None:
+        return None
+    best = session.best()
     if best is None or not session.keeps_floor(best):
         return None
     if budget.target is not None and _at_least(session, best.values[0], budget.target):
         return "target", f"trial {best.number} reached {best.values[0]:.4f}"
     if budget.plateau is not None:
-        since = _since(session, best)
+        since = session.ended().complete_since(best)
         if since >= budget.plateau:
             return "plateau", f"{since} complete trials were not better than trial {best.number}"
     return None
@@ -25,15 +26,6 @@ def reached(session: Session) -> tuple[str, str] | None:
 def _at_least(session: Session, value: float, target: float) -> bool:
     maximize = METRICS[session.file.objective.metric] == "maximize"
     return value >= target if maximize else value <= target
-
-
-def _since(session: Session, best: FrozenTrial) -> int:
-    """Complete trials, but for copies, that ended after the best one."""
-    complete = [
-        t for t in session.trials(TrialState.COMPLETE) if "duplicate_of" not in t.user_attrs
-    ]
-    complete.sort(key=lambda t: (t.datetime_complete, t.number))
-    return len(complete) - 1 - [t.number for t in complete].index(best.number)
 
 
 def stop_if_reached(session: Session) -> None:

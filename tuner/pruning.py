@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from torch import Tensor
 
@@ -60,7 +61,43 @@ def effective_images(metric: str, images: Tensor, groups: Groups) -> float | Non
     return 1 / variance if variance > 0 else None
 
 
-def is_behind(curve: Curve, peers: Sequence[Curve], *, images: float, after: float) -> bool:
+class Curves:
+    """Curves of trials that ended, to be compared with at equal shares of their training.
+
+    What they had at a share is sorted once; each further curve finds its place.
+    """
+
+    def __init__(self, curves: Iterable[Curve] = ()) -> None:
+        self.curves: list[Curve] = []
+        self._complete = Counter[str]()
+        self._at: dict[float, tuple[list[float], int]] = {}
+        for curve in curves:
+            self.add(curve)
+
+    def __len__(self) -> int:
+        return len(self.curves)
+
+    def add(self, curve: Curve) -> None:
+        """Take in the curve of one more trial."""
+        self.curves.append(curve)
+        self._complete[curve.loss] += curve.complete
+
+    def complete(self, loss: str) -> int:
+        """How many trials of a loss came to their end."""
+        return self._complete[loss]
+
+    def at(self, progress: float) -> Sequence[float]:
+        """What those had that were settled at this share of the training, in order; no NaN."""
+        values, taken = self._at.get(progress, ([], 0))
+        new = self.curves[taken:]
+        for value in (curve.at(progress) for curve in new):
+            if value is not None and value == value:
+                insort(values, value)
+        self._at[progress] = values, taken + len(new)
+        return values
+
+
+def is_behind(curve: Curve, peers: Curves, *, images: float, after: float) -> bool:
     """Whether the trial is so far behind its peers that noise does not explain it.
 
     True when, after each of the last two epochs, the upper 95 % Wilson bound of its value over
@@ -68,8 +105,7 @@ def is_behind(curve: Curve, peers: Sequence[Curve], *, images: float, after: flo
     peer. Never before the share ``after`` of the training, before warm-up and deferred parts,
     with fewer than four peers, or while two trials of its loss are not yet complete.
     """
-    of_this_loss = sum(peer.complete and peer.loss == curve.loss for peer in peers)
-    if of_this_loss < MIN_COMPLETE_PER_LOSS or len(curve.values) < 2:
+    if peers.complete(curve.loss) < MIN_COMPLETE_PER_LOSS or len(curve.values) < 2:
         return False
     last = curve.length
     return all(
@@ -79,13 +115,19 @@ def is_behind(curve: Curve, peers: Sequence[Curve], *, images: float, after: flo
     )
 
 
-def _behind_at(curve: Curve, progress: float, peers: Sequence[Curve], images: float) -> bool:
+def _behind_at(curve: Curve, progress: float, peers: Curves, images: float) -> bool:
     value = curve.at(progress)
-    others = [v for peer in peers if (v := peer.at(progress)) is not None]
+    others = peers.at(progress)
     if value is None or len(others) < MIN_PEERS:
         return False
     upper = wilson(value * images, images).high
-    return upper < max(median(others), wilson(max(others) * images, images).low)
+    return upper < max(_middle(others), wilson(others[-1] * images, images).low)
+
+
+def _middle(values: Sequence[float]) -> float:
+    """Median of values that are in order."""
+    half = len(values) // 2
+    return (values[half] + values[-half - 1]) / 2
 
 
 def is_at_chance(balanced_accuracy: float, num_classes: int, images: int, progress: float) -> bool:

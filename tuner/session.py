@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner import __version__
 from tuner.confirm import winner
 from tuner.datasets import Data
+from tuner.ended import Ended, Place
 from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, close_match
 from tuner.evaluation import certainty
@@ -32,6 +33,7 @@ from tuner.stores import Store
 from tuner.study import StudyFile, parse
 from tuner.tickets import fill_queue
 
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 GOALS = ("gpu_hours", "hours", "target", "plateau")
 """What ends a study by itself, as its budget says."""
 
@@ -46,7 +48,7 @@ class Session:
     fenced: FencedStorage
     views: dict[Rung, Study] = field(default_factory=dict, repr=False, compare=False)
     samplers: dict[Rung, CohortTPESampler] = field(default_factory=dict, repr=False, compare=False)
-    _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
+    _ended: Ended = field(default_factory=Ended, repr=False, compare=False)
 
     @property
     def ledger(self) -> Ledger:
@@ -61,10 +63,17 @@ class Session:
         """Trials in any of the states, or all of them; not copies, do not change them."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
+    def ended(self) -> Ended:
+        """What is known of the trials that ended until now."""
+        self._ended.take_in(self.trials(*FINISHED), self._place)
+        return self._ended
+
     def best(self) -> FrozenTrial | None:
         """The trial whose recipe the confirm rung found best; without that, ``best_found``."""
-        chosen = winner(self)
-        return self.best_found() if chosen is None else chosen
+        ended = self.ended()
+        # As long as nothing was trained again, nothing is confirmed.
+        chosen = winner(self) if ended.again else None
+        return next(iter(ended.complete), None) if chosen is None else chosen
 
     def best_found(self) -> FrozenTrial | None:
         """The complete trial, so of the last rung searched, with the best value within the floor.
@@ -72,33 +81,36 @@ class Session:
         Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
         break the floor, it is the one that breaks it least.
         """
-        return next(iter(self.ranked(self.trials(TrialState.COMPLETE))), None)
+        return next(iter(self.ended().complete), None)
 
     def ranked(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         """Those of the trials that were trained to the end of their rung, the best first.
 
         First come those that keep the floor, by value; then the others, by how far they break it.
         """
-        judged = [trial for trial in trials if is_judged(trial)]
-        feasible = [trial for trial in judged if self.keeps_floor(trial)]
-        broken = [trial for trial in judged if not self.keeps_floor(trial)]
-        return sorted(feasible, key=self._rank, reverse=True) + sorted(broken, key=self._breach)
+        baseline = self.baseline()
+        judged = (trial for trial in trials if is_judged(trial))
+        return sorted(judged, key=lambda trial: self._place(trial, baseline))
 
-    def _breach(self, trial: FrozenTrial) -> float:
-        return self.floor_violation(trial.user_attrs["metrics"]) or 0.0
-
-    def _rank(self, trial: FrozenTrial) -> tuple[float, float, int]:
+    def _place(self, trial: FrozenTrial, baseline: FrozenTrial | None) -> Place:
+        breach = self._breach(trial, baseline)
+        if breach > 0:
+            return True, breach, 0.0, trial.number
         objective = self.file.objective
         sign = 1 if METRICS[objective.metric] == "maximize" else -1
         metrics = trial.user_attrs["metrics"]["adjusted" if objective.adjusted else "raw"]
-        return sign * trial.values[0], metrics["balanced_accuracy"] or 0.0, -trial.number
+        balanced = metrics["balanced_accuracy"] or 0.0
+        return False, -sign * trial.values[0], -balanced, trial.number
+
+    def _breach(self, trial: FrozenTrial, baseline: FrozenTrial | None) -> float:
+        if baseline is None:
+            return 0.0
+        metrics, plain = (t.user_attrs["metrics"] for t in (trial, baseline))
+        return self.floor_violation(metrics, plain) or 0.0
 
     def baseline(self) -> FrozenTrial | None:
         """The plain cross-entropy trial, once it is complete; it never changes after."""
-        if not self._found:
-            complete = self.trials(TrialState.COMPLETE)
-            self._found.extend(t for t in complete if t.user_attrs.get("baseline"))
-        return self._found[0] if self._found else None
+        return self._ended.baseline or self.ended().baseline
 
     def floor_violation(
         self, metrics: dict[str, Any], plain: dict[str, Any] | None = None
@@ -108,9 +120,10 @@ class Session:
         The floor follows from the baseline's metric as it is, without adjustment: see ``Floor``.
         ``plain`` are the baseline's metrics; by default those of the one that is complete.
         """
-        floor, baseline = self.file.objective.floor, self.baseline()
-        if plain is None and baseline is not None:
-            plain = baseline.user_attrs["metrics"]
+        floor = self.file.objective.floor
+        if floor and plain is None:
+            baseline = self.baseline()
+            plain = None if baseline is None else baseline.user_attrs["metrics"]
         if not floor or plain is None:
             return None
         reference = plain["raw"][floor.metric]
@@ -125,7 +138,7 @@ class Session:
 
         The baseline has to keep it too: adjusted, it may not.
         """
-        return self._breach(trial) <= 0
+        return self._breach(trial, self.baseline()) <= 0
 
     def cautions(self) -> list[str]:
         """What its baseline makes doubtful about the whole study, for people."""

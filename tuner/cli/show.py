@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
-from tuner.ladder import RUNGS, rung_of
+from tuner.ladder import RUNGS
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.space import Space
@@ -165,7 +165,7 @@ def describe_cohort(session: Session, outcomes: Sequence[Outcome], seconds: floa
     ended = len(outcomes) - states["interrupted"] - states["lost"]
     rest = [f"{states[s]} {s.replace('_', ' ')}" for s in ("not_finite", *LEFT) if states[s]]
     apart = f" ({', '.join(rest)})" if rest else ""
-    best = next(iter(session.ranked(t for t in session.trials() if rung_of(t) == "head")), None)
+    best = next(iter(session.ended().of_rung.get("head", ())), None)
     parts = [
         f"head rung · {ended} trials{apart}",
         "" if best is None else f"best so far {best.values[0]:.4f} (trial {best.number})",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.ended import fresh
 from tuner.ladder import Rung, is_judged, rung_of
-from tuner.pruning import Curve
+from tuner.pruning import Curve, Curves
 from tuner.session import Session
 
 
@@ -14,29 +15,33 @@ class Peers:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.curves: dict[int, tuple[Rung, Curve] | None] = {}
+        self.seen: set[int] = set()
+        self.curves: dict[Rung, Curves] = {}
         self.had_baseline = False
 
-    def now(self, rung: Rung) -> list[Curve]:
+    def now(self, rung: Rung) -> Curves:
         """The curves there are at this moment of trials of a rung."""
         if not self.had_baseline and self.session.baseline() is not None:
             # Without a baseline there was no floor to break.
             self.had_baseline = True
+            self.seen.clear()
             self.curves.clear()
         # The report of the epoch has said already which trials ended, where it could.
         ended = self.session.ledger.ended((TrialState.COMPLETE, TrialState.PRUNED))
-        for trial in ended if len(ended) > len(self.curves) else ():
-            if trial.number not in self.curves:
-                self.curves[trial.number] = self._curve(trial)
-        return [found[1] for found in self.curves.values() if found and found[0] == rung]
+        for trial in fresh(ended, self.seen):
+            self.seen.add(trial.number)
+            curve = self._curve(trial)
+            if curve is not None:
+                self.curves.setdefault(rung_of(trial), Curves()).add(curve)
+        return self.curves.setdefault(rung, Curves())
 
-    def _curve(self, trial: FrozenTrial) -> tuple[Rung, Curve] | None:
+    def _curve(self, trial: FrozenTrial) -> Curve | None:
         attrs = trial.user_attrs
         if "metrics" not in attrs or "duplicate_of" in attrs:
             return None
         if not self.session.keeps_floor(trial):
             return None
-        curve = Curve(
+        return Curve(
             loss=attrs["loss"],
             values=tuple(v for _, v in sorted(trial.intermediate_values.items())),
             first=min(trial.intermediate_values, default=0),
@@ -44,4 +49,3 @@ class Peers:
             settled=attrs["settled"],
             complete=is_judged(trial),
         )
-        return rung_of(trial), curve

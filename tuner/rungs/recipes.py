@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from tuner.backends import settled
 from tuner.confirm import contenders, fresh_seed
@@ -67,7 +67,7 @@ def resolve(
 def _again(session: Session, trial: Any) -> Recipe:
     """The recipe that a trial of the confirm rung trains again, with its fresh seed."""
     attrs = trial.user_attrs
-    found = next(t for t in session.trials() if t.number == attrs["confirms"])
+    found = session.ended().known[attrs["confirms"]]
     return replace(stored_recipe(found), seed=fresh_seed(session, attrs["fold"]))
 
 
@@ -102,11 +102,12 @@ def kept_trials(session: Session) -> set[int]:
     they are trained again for: only then is it known which are looked at on the test part.
     """
     wanted = {t.number for t in (session.best(), session.baseline()) if t is not None}
-    trials = {t.number: t for t in session.trials()}
     if session.file.ladder.confirms:
         wanted |= contenders(session).keys()
-        wanted |= {n for n, t in trials.items() if t.user_attrs.get("confirms") in wanted}
-    return {trials[number].user_attrs.get("duplicate_of", number) for number in wanted}
+        # Also of trials that have not ended: by the time that others' weights go, they may have.
+        wanted |= {t.number for t in session.trials() if t.user_attrs.get("confirms") in wanted}
+    known = session.ended().known
+    return {known[n].user_attrs.get("duplicate_of", n) if n in known else n for n in wanted}
 
 
 def plain(recipe: Recipe) -> Recipe:
@@ -122,9 +123,4 @@ def plain(recipe: Recipe) -> Recipe:
 
 def equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:
     """A complete trial, other than ``number``, that trained an equivalent recipe."""
-    digest = recipe.digest()
-    for trial in session.trials(TrialState.COMPLETE):
-        attrs = trial.user_attrs
-        if attrs.get("digest") == digest and "duplicate_of" not in attrs and trial.number != number:
-            return trial
-    return None
+    return session.ended().trained(recipe.digest(), apart_from=number)
