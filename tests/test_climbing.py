@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from climbers import CLIMBING, climb_to_the_top, end_next, merit, opposite
+import pytest
+from climbers import CLIMBING, by_recipe, climb_to_the_top, end_next, merit, opposite
 from conftest import MakeSession
+from fleet import claim
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import at, compared, ladder_lines, promoted
@@ -234,11 +236,34 @@ def test_a_rung_that_is_not_followed_gives_no_prior(
 
 
 def test_what_a_proposal_learns_from_is_capped(make_session: MakeSession, digits: Data) -> None:
-    ladder = {"rungs": ["head", "full"], "head": {"trials": MOST + 60}}
+    most = MOST["head"]
+    ladder = {"rungs": ["head", "full"], "head": {"trials": most + 60}}
     session = make_session(**CLIMBING | {"ladder": ladder})
-    for _ in range(MOST + 50):
+    for _ in range(most + 50):
         end_next(session, digits, merit)
     seen = proposing(session, "head", 1).get_trials(deepcopy=False, states=(COMPLETE,))
-    assert len(seen) <= MOST
+    assert len(seen) == most
     best = session.ranked(t for t in session.trials() if rung_of(t) == "head")[:50]
     assert {t.number for t in best} <= {t.number for t in seen}
+
+
+def test_a_long_search_learns_from_the_best_and_an_even_choice_of_the_others(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"ladder": {"rungs": ["full"]}, "budget": {"trials": 40, "epochs": 3}}
+    session = make_session(**CLIMBING | search)
+    for _ in range(24):
+        end_next(session, digits, by_recipe)
+    for _ in range(8):
+        given_up = claim(session)
+        assert given_up is not None
+        given_up.report(0.0, step=0)
+        session.study.tell(given_up, state=PRUNED)
+    assert proposing(session, "full", 99) is session.study, "plain Optuna"
+    monkeypatch.setitem(MOST, "full", 16)
+    seen = proposing(session, "full", 99).get_trials(deepcopy=False)
+    ended = [t for t in seen if t.state.is_finished()]
+    assert len(ended) == 16
+    best = session.ranked(session.trials())[:4]
+    assert {t.number for t in best} <= {t.number for t in ended}
+    assert [t.state for t in ended].count(PRUNED) == 4, "of 28 others, 8 were pruned"

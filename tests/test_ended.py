@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
@@ -38,7 +37,7 @@ def place(trial: FrozenTrial, baseline: FrozenTrial | None) -> Place:
     return broken, -trial.values[0], 0.0, trial.number
 
 
-def numbers(found: Iterator[FrozenTrial] | Any) -> list[int]:
+def numbers(found: list[FrozenTrial]) -> list[int]:
     return [t.number for t in found]
 
 
@@ -62,8 +61,9 @@ def test_trials_that_end_one_by_one_are_ranked_as_all_at_once() -> None:
     at_once.take_in(trials, place)
     judged = [t for t in trials if t.state == TrialState.COMPLETE]
     expected = numbers(sorted(judged, key=lambda t: place(t, trials[7])))
-    assert numbers(slowly.complete) == numbers(at_once.complete) == expected
-    assert numbers(slowly.of_rung["head"]) == [5, 12, 13]
+    assert numbers(slowly.complete.trials) == numbers(at_once.complete.trials) == expected
+    assert numbers(slowly.of_rung["head"].trials) == [5, 12, 13]
+    assert numbers(slowly.apart["full"]) == [3, 11, 30]
     assert slowly.known.keys() == set(range(40))
     assert slowly.baseline is trials[7]
 

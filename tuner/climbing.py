@@ -49,13 +49,12 @@ def is_over(session: Session, rung: Rung) -> bool:
 
 def at(session: Session, rung: Rung) -> list[FrozenTrial]:
     """Trials of a rung but for those beyond the budget."""
-    return [
-        trial
-        for trial in session.trials()
-        if rung_of(trial) == rung
-        and "retry_of" not in trial.user_attrs
-        and "again" not in trial.user_attrs
-    ]
+    return [t for t in session.trials() if rung_of(t) == rung and _is_planned(t)]
+
+
+def _is_planned(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of the budget, and takes no other's place."""
+    return not {"retry_of", "again"} & trial.user_attrs.keys()
 
 
 def _budget(session: Session, rung: Rung) -> int:
@@ -164,15 +163,16 @@ def twins(
     These are the promoted ones and the defaults of each loss; the baseline is that of
     cross-entropy. ``decisive`` leaves those out that came after the decision to follow.
     """
-    below = {t.number: t for t in at(session, lower) if is_judged(t)}
-    defaults = {t.user_attrs["preset"]: t for t in below.values() if "preset" in t.user_attrs}
+    ended = session.ended()
+    lowest = [t for t in ended.given[lower] if _is_planned(t)]
+    defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
     found = []
-    for trial in filter(is_judged, at(session, upper)):
+    for trial in filter(_is_planned, ended.given[upper]):
         attrs = trial.user_attrs
         if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
             continue
         plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
-        twin = below.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
+        twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
         if twin is not None:
             found.append((twin, trial))
     return found

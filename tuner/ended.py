@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect, insort
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from operator import attrgetter
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -12,6 +14,9 @@ from tuner.ladder import Rung, is_judged, rung_of
 
 Place = tuple[bool, float, float, int]
 """What trials are ranked by, the best first."""
+
+GIVEN = {"baseline", "preset", "promoted_from"}
+by_number = attrgetter("number")
 
 
 def fresh(trials: Sequence[FrozenTrial], known: Collection[int]) -> list[FrozenTrial]:
@@ -32,28 +37,30 @@ class Ranking:
     """Trials, the best first; one more finds its place without a look at the others."""
 
     def __init__(self) -> None:
+        self.trials: list[FrozenTrial] = []
         self._places: list[Place] = []
-        self._trials: list[FrozenTrial] = []
-
-    def __iter__(self) -> Iterator[FrozenTrial]:
-        return iter(self._trials)
-
-    def __len__(self) -> int:
-        return len(self._trials)
 
     def add(self, trial: FrozenTrial, place: Place) -> None:
         """Take in a trial."""
         index = bisect(self._places, place)
         self._places.insert(index, place)
-        self._trials.insert(index, trial)
+        self.trials.insert(index, trial)
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The first one, if there is one."""
+        return self.trials[0] if self.trials else None
 
 
 class Ended:
     """What is asked of ended trials at every end of one more; they never change.
 
-    ``complete`` ranks those that are complete, so of the last rung; ``of_rung`` those that were
-    trained to the end of a rung. ``baseline`` is the plain cross-entropy trial, once it is
-    complete: with it the floor is known, and all trials are ranked anew.
+    ``known`` are all of them, by number. ``complete`` ranks those that are complete, so of the
+    last rung; ``of_rung`` those that were trained to the end of a rung, ``apart`` are the others,
+    by number. Of a rung ``given`` are those, trained to its end, whose recipes nobody proposed:
+    defaults, and what the rung below promoted. ``again`` are numbers of trials that confirm one.
+    ``baseline`` is the plain cross-entropy trial, once it is complete: with it the floor is
+    known, and all trials are ranked anew.
     """
 
     def __init__(self) -> None:
@@ -63,9 +70,11 @@ class Ended:
     def _clear(self) -> None:
         self.known: dict[int, FrozenTrial] = {}
         self.complete = Ranking()
-        self.of_rung: dict[Rung, Ranking] = {}
-        self.again: dict[int, list[int]] = {}
-        self._recipes: dict[str, list[int]] = {}
+        self.of_rung: dict[Rung, Ranking] = defaultdict(Ranking)
+        self.apart: dict[Rung, list[FrozenTrial]] = defaultdict(list)
+        self.given: dict[Rung, list[FrozenTrial]] = defaultdict(list)
+        self.again: dict[int, list[int]] = defaultdict(list)
+        self._recipes: dict[str, list[int]] = defaultdict(list)
         self._ends: list[tuple[datetime, int]] = []
 
     def take_in(
@@ -87,18 +96,22 @@ class Ended:
             self.known[trial.number] = trial
             if is_judged(trial):
                 self._rank(trial, place(trial, self.baseline))
+            else:
+                insort(self.apart[rung_of(trial)], trial, key=by_number)
             if "confirms" in trial.user_attrs:
-                self.again.setdefault(trial.user_attrs["confirms"], []).append(trial.number)
+                self.again[trial.user_attrs["confirms"]].append(trial.number)
             if trial.state == TrialState.COMPLETE and "duplicate_of" not in trial.user_attrs:
                 self._note(trial)
 
     def _rank(self, trial: FrozenTrial, place: Place) -> None:
-        self.of_rung.setdefault(rung_of(trial), Ranking()).add(trial, place)
+        self.of_rung[rung_of(trial)].add(trial, place)
         if trial.state == TrialState.COMPLETE:
             self.complete.add(trial, place)
+        if GIVEN & trial.user_attrs.keys():
+            insort(self.given[rung_of(trial)], trial, key=by_number)
 
     def _note(self, trial: FrozenTrial) -> None:
-        insort(self._recipes.setdefault(trial.user_attrs.get("digest", ""), []), trial.number)
+        insort(self._recipes[trial.user_attrs.get("digest", "")], trial.number)
         if trial.datetime_complete is not None:
             insort(self._ends, (trial.datetime_complete, trial.number))
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import compared
+from tuner.ended import by_number
 from tuner.ladder import Rung, is_judged, rung_of
+from tuner.ledger import View
 from tuner.search import algorithm, cohort_tpe
 from tuner.seeding import derive_seed
 from tuner.session import Session
 
-MOST = 300
+MOST: dict[Rung, int] = {"head": 300, "deferred": 1000, "full": 1000, "confirm": 0}
+"""Of how many ended trials a proposal learns; at the head rung trials are short, and so must it be.
+
+A study without a ladder that has no more of them is plain Optuna.
+"""
 BEST_SHARE = 0.25
 PRIOR = 48
 BLIND = 3
@@ -25,8 +30,8 @@ BLIND = 3
 def proposing(session: Session, rung: Rung, number: int) -> Study:
     """The study as the algorithm sees it that proposes trial ``number`` of a rung.
 
-    A study that is searched at one rung is seen whole. At the head rung many proposals learn
-    from the same trials, until ``forget`` is called.
+    A study that is searched at one rung is seen whole, up to a size. At the head rung many
+    proposals learn from the same trials, until ``forget`` is called.
     """
     study, name = _study(session, rung), session.file.search.algorithm
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
@@ -51,7 +56,7 @@ def forget(session: Session, rung: Rung) -> None:
 
 
 def _study(session: Session, rung: Rung) -> Study:
-    if session.file.ladder.rungs == ("full",):
+    if session.file.ladder.rungs == ("full",) and len(session.ended().known) <= MOST[rung]:
         return session.study
     if rung not in session.views:
         seen = session.fenced.through(_view(session, rung))
@@ -59,12 +64,13 @@ def _study(session: Session, rung: Rung) -> Study:
     return session.views[rung]
 
 
-def _view(session: Session, rung: Rung) -> Callable[[list[FrozenTrial]], list[FrozenTrial]]:
+def _view(session: Session, rung: Rung) -> View:
     done: dict[int, FrozenTrial] = {}
 
-    def view(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        own = [_as_complete(t, done) for t in trials if rung_of(t) == rung]
-        return sorted(_prior(session, rung) + _capped(session, own), key=lambda t: t.number)
+    def view(open_: list[FrozenTrial]) -> list[FrozenTrial]:
+        own = [_as_complete(trial, done) for trial in _learnt_from(session, rung)]
+        own += [trial for trial in open_ if rung_of(trial) == rung]
+        return sorted(_prior(session, rung) + own, key=by_number)
 
     return view
 
@@ -86,20 +92,20 @@ def _with(trial: FrozenTrial, state: TrialState, value: float | None = None) -> 
     return changed
 
 
-def _capped(session: Session, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """At most ``MOST`` ended trials, the best and an even choice of the others.
+def _learnt_from(session: Session, rung: Rung) -> list[FrozenTrial]:
+    """Ended trials of a rung, at most ``MOST``: the best and an even choice of the others.
 
     What a proposal costs grows with the trials it learns from.
     """
-    judged = [t for t in trials if t.state.is_finished()]
-    if len(judged) <= MOST:
-        return trials
-    ranked = session.ranked(judged)
-    best = ranked[: int(MOST * BEST_SHARE)]
-    rest = ranked[len(best) :]
-    chosen = np.linspace(0, len(rest) - 1, MOST - len(best)).round().astype(int)
-    open_ = [t for t in trials if not t.state.is_finished()]
-    return best + [rest[i] for i in sorted(set(chosen.tolist()))] + open_
+    ended, most = session.ended(), MOST[rung]
+    ranked, apart = ended.of_rung[rung].trials, ended.apart[rung]
+    everyone = len(ranked) + len(apart)
+    if everyone <= most:
+        return ranked + apart
+    best = min(int(most * BEST_SHARE), len(ranked))
+    chosen = np.linspace(best, everyone - 1, most - best).round().astype(int).tolist()
+    rest = (ranked[i] if i < len(ranked) else apart[i - len(ranked)] for i in chosen)
+    return ranked[:best] + list(rest)
 
 
 def _prior(session: Session, rung: Rung) -> list[FrozenTrial]:
@@ -116,7 +122,7 @@ def _prior(session: Session, rung: Rung) -> list[FrozenTrial]:
         return []
     lower, upper = np.array(found.pairs, dtype=np.float64).T
     slope, offset = np.polyfit(lower, upper, 1)
-    ranked = session.ranked(t for t in session.trials() if rung_of(t) == below)
+    ranked = session.ended().of_rung[below].trials
     chosen = np.linspace(0, len(ranked) - 1, PRIOR).round().astype(int)
     return [
         _with(ranked[i], TrialState.COMPLETE, float(slope * ranked[i].values[0] + offset))

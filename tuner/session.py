@@ -73,7 +73,7 @@ class Session:
         ended = self.ended()
         # As long as nothing was trained again, nothing is confirmed.
         chosen = winner(self) if ended.again else None
-        return next(iter(ended.complete), None) if chosen is None else chosen
+        return ended.complete.best if chosen is None else chosen
 
     def best_found(self) -> FrozenTrial | None:
         """The complete trial, so of the last rung searched, with the best value within the floor.
@@ -81,7 +81,7 @@ class Session:
         Equal values are told apart by balanced accuracy, then the earlier trial wins. When all
         break the floor, it is the one that breaks it least.
         """
-        return next(iter(self.ended().complete), None)
+        return self.ended().complete.best
 
     def ranked(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         """Those of the trials that were trained to the end of their rung, the best first.

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -254,6 +255,6 @@ def enter(
 
 def progress(session: Session) -> dict[str, Any]:
     """Counts of trials by state, and how many the budget allows."""
-    trials = session.trials()
-    counts = {state.name.lower(): sum(t.state == state for t in trials) for state in TrialState}
+    found = Counter(trial.state for trial in session.trials())
+    counts = {state.name.lower(): found[state] for state in TrialState}
     return {**counts, "budget": session.file.all_trials()}

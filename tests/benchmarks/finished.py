@@ -16,6 +16,7 @@ import pstats
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +24,13 @@ from typing import Any
 import sqlalchemy as sa
 import tomli_w
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import FloatDistribution, distribution_to_json
+from optuna.trial import FrozenTrial
 
 from tuner import session as sessions
+from tuner import tickets
 from tuner.datasets import Data
+from tuner.ladder import Rung
 from tuner.ledger._optuna import PARAMS, STEPS, SYSTEM, TRIALS, USER, VALUES
 from tuner.session import Session
 from tuner.stores import FolderStore
@@ -34,7 +38,7 @@ from tuner.study import parse
 from tuner.worker import work
 
 TEMPLATES = 12
-LARGEST_BUDGET = 20_000
+BUDGETS: dict[Rung, int] = {"full": 20_000, "head": 80}
 CHUNK = 500
 VALUES_OF: dict[str, Any] = {
     "name": "finished",
@@ -46,19 +50,20 @@ VALUES_OF: dict[str, Any] = {
         "loss": {
             "cross_entropy": {},
             "focal": {"gamma": {"low": 0.0, "high": 2.0}},
-            "balanced_softmax": {},
+            "vector_scaling": {"gamma": {"low": 0.0, "high": 1.0}},
         },
     },
 }
-LADDERS: dict[str, list[str]] = {"full": ["full"]}
+Made = tuple[Session, Data]
+RUNGS: dict[str, list[Rung]] = {"full": ["full"], "head": ["head", "full"]}
 
 
-def make(folder: Path, algorithm: str, ladder: str, trials: int) -> tuple[Session, Data]:
-    """A study of so many trials, or the same one with a larger budget."""
+def make(folder: Path, algorithm: str, below: Rung, trials: int, heads: int) -> Made:
+    """A study with so many trials, or the same one with a larger budget."""
     values = VALUES_OF | {
         "budget": {"trials": trials, "epochs": 6},
         "search": {"algorithm": algorithm},
-        "ladder": {"rungs": LADDERS[ladder]},
+        "ladder": {"rungs": RUNGS[below], "head": {"trials": heads, "epochs": 2}},
     }
     file = parse(values, tomli_w.dumps(values), where="finished.toml")
     data: Data = file.data.build()
@@ -78,9 +83,10 @@ def run(session: Session, data: Data, count: int) -> list[float]:
     return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def pretend(session: Session, count: int) -> None:
-    """Add so many ended trials: like those that were trained, but for their values."""
-    models = [t for t in session.trials(TrialState.COMPLETE) if "baseline" not in t.user_attrs]
+def pretend(session: Session, below: Rung, count: int) -> None:
+    """Add so many ended trials of a rung: like those that were trained, but for their values."""
+    # Equal recipes would be answered from the record.
+    models = [t for t in session.ended().of_rung[below].trials if "cross" not in t.params["loss"]]
     first, engine = len(session.trials()), session.ledger.engine
     for begin in range(first, first + count, CHUNK):
         numbers = list(range(begin, min(begin + CHUNK, first + count)))
@@ -95,7 +101,7 @@ def _insert(connection: sa.Connection, models: list[FrozenTrial], numbers: list[
         {
             "number": n,
             "study_id": study,
-            "state": TrialState.COMPLETE,
+            "state": t.state,
             "datetime_start": t.datetime_start,
             "datetime_complete": t.datetime_complete,
         }
@@ -111,15 +117,12 @@ def _insert(connection: sa.Connection, models: list[FrozenTrial], numbers: list[
         connection.execute(sa.insert(table), inserted)
 
 
-def _rows(model: FrozenTrial, number: int) -> Any:
-    from optuna.distributions import distribution_to_json
-
+def _rows(model: FrozenTrial, number: int) -> Iterator[tuple[sa.Table, dict[str, Any]]]:
     chance = random.Random(number)
     for name, kind in model.distributions.items():
         value = kind.to_internal_repr(model.params[name])
-        if name.count("."):
-            value *= chance.uniform(0.9, 1.0)
-            value = min(max(value, getattr(kind, "low", value)), getattr(kind, "high", value))
+        if isinstance(kind, FloatDistribution):
+            value = chance.uniform(kind.low, kind.high)
         text = distribution_to_json(kind)
         yield PARAMS, {"param_name": name, "param_value": value, "distribution_json": text}
     noise = chance.uniform(-0.1, -0.01)
@@ -133,16 +136,19 @@ def _rows(model: FrozenTrial, number: int) -> Any:
             yield USER, {"key": key, "value_json": json.dumps(fact)}
 
 
-def measure(options: argparse.Namespace, finished: int, ladder: str) -> dict[str, float]:
-    """Median milliseconds of a trial with so many ended before, and of the first one."""
+def measure(options: argparse.Namespace, finished: int) -> tuple[float, float]:
+    """Milliseconds of a trial of ``full`` with so many ended before: median, and of processor."""
     with tempfile.TemporaryDirectory() as folder:
-        kind = (Path(folder), options.algorithm, ladder)
-        session, data = make(*kind, TEMPLATES)
+        kind = (Path(folder), options.algorithm, options.of)
+        heads = TEMPLATES + finished
+        # A queue that is filled ahead would have its trials begin before those that ended.
+        tickets.AHEAD = TEMPLATES
+        session, data = make(*kind, TEMPLATES, heads)
         run(session, data, TEMPLATES)
-        pretend(session, finished)
-        session, data = make(*kind, LARGEST_BUDGET)
+        pretend(session, options.of, finished)
+        session, data = make(*kind, BUDGETS[options.of], heads)
         run(session, data, 2)
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(builtins=False)
         if options.profile:
             profile.enable()
         began = time.process_time()
@@ -151,25 +157,26 @@ def measure(options: argparse.Namespace, finished: int, ladder: str) -> dict[str
         if options.profile:
             profile.disable()
             pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
-        return {"wall": 1000 * median(seconds), "processor": 1000 * processor}
+        return 1000 * median(seconds), 1000 * processor
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--finished", type=int, nargs="+", default=[0, 1_000, 10_000])
+    parser.add_argument("--of", choices=list(RUNGS), default="full", help="rung of these")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--algorithm", default="random")
-    parser.add_argument("--ladders", nargs="+", default=["full"])
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| ladder | algorithm | finished | ms per trial | processor ms | load |\n|---|---|---|---|---|---|")
-    for ladder in options.ladders:
-        for finished in options.finished:
-            found = measure(options, finished, ladder)
-            figures = f"{found['wall']:.0f} | {found['processor']:.0f}"
-            load = f"{os.getloadavg()[0]:.1f}"
-            print(f"| {ladder} | {options.algorithm} | {finished} | {figures} | {load} |", flush=True)
+    print("| algorithm | finished | of rung | ms per trial | processor ms | load |")
+    print("|---|---|---|---|---|---|")
+    for finished in options.finished:
+        load = os.getloadavg()[0]
+        wall, processor = measure(options, finished)
+        figures = f"{wall:.0f} | {processor:.0f} | {load:.1f}"
+        print(f"| {options.algorithm} | {finished} | {options.of} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def describe_cohort(session: Session, outcomes: Sequence[Outcome], seconds: floa
     ended = len(outcomes) - states["interrupted"] - states["lost"]
     rest = [f"{states[s]} {s.replace('_', ' ')}" for s in ("not_finite", *LEFT) if states[s]]
     apart = f" ({', '.join(rest)})" if rest else ""
-    best = next(iter(session.ended().of_rung.get("head", ())), None)
+    best = session.ended().of_rung["head"].best
     parts = [
         f"head rung · {ended} trials{apart}",
         "" if best is None else f"best so far {best.values[0]:.4f} (trial {best.number})",

@@ -11,7 +11,7 @@ from tuner.ledger._changes import (
     WorkerAliveError,
 )
 from tuner.ledger._clock import read_now
-from tuner.ledger._fenced import FencedStorage
+from tuner.ledger._fenced import FencedStorage, View
 from tuner.ledger._ledger import Ledger
 from tuner.ledger._reads import LEASE_SECONDS
 from tuner.ledger._schema import newest, prepare, prepared, version
@@ -28,6 +28,7 @@ __all__ = [
     "Limits",
     "Order",
     "SupersededError",
+    "View",
     "WorkerAliveError",
     "clocks",
     "newest",

@@ -19,10 +19,10 @@ from tuner.engines import insist
 from tuner.ledger._changes import Changes, Ending, Lease, Order
 from tuner.ledger._history import by_number
 from tuner.ledger._ledger import Ledger
-from tuner.ledger._optuna import FINISHED
 
 T = TypeVar("T")
 View = Callable[[list[FrozenTrial]], list[FrozenTrial]]
+"""The trials to be seen, by number: it is given those that have not ended."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class FencedStorage(BaseStorage):
         self.view: View | None = None
 
     def through(self, view: View) -> FencedStorage:
-        """The same storage, with all trials of the study seen through ``view``."""
+        """The same storage, with the trials of the study that ``view`` shows."""
         other = FencedStorage(self.behind, self.ledger)
         other.held, other.view = self.held, view
         return other
@@ -166,25 +166,21 @@ class FencedStorage(BaseStorage):
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         """Trials of the ledger's study in any of the states."""
-        wanted = None if states is None else tuple(s for s in TrialState if s in states)
-        found = list(self.ledger.trials(self._read_for(wanted)))
+        wanted = tuple(s for s in TrialState if states is None or s in states)
+        open_ = tuple(state for state in wanted if not state.is_finished())
+        found = self._now(wanted if self.view is None else open_)
+        if self.view is not None:
+            found = [trial for trial in self.view(found) if trial.state in wanted]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def _now(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """Trials in any of the states at this moment; a worker's own with what it collected."""
+        found = list(self.ledger.trials(states)) if states else []
         for own in [held.trial for held in self.held.values()]:
             place = bisect_left(found, own.number, key=by_number)
             if place < len(found) and found[place]._trial_id == own._trial_id:
                 found[place] = own
-        if self.view is not None:
-            seen = self.view(found)
-            found = [trial for trial in seen if wanted is None or trial.state in wanted]
-        return copy.deepcopy(found) if deepcopy else found
-
-    def _read_for(self, wanted: tuple[TrialState, ...] | None) -> tuple[TrialState, ...] | None:
-        """The states to read where some are wanted: a view may turn one into another.
-
-        It does not begin or end trials, nor does it look at those that wait for those that run.
-        """
-        if self.view is None or wanted is None or TrialState.WAITING in wanted:
-            return wanted if self.view is None else None
-        return FINISHED if TrialState.RUNNING not in wanted else (TrialState.RUNNING, *FINISHED)
+        return found
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         """Find a trial by its number."""

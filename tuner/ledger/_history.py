@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,6 +47,7 @@ class History:
         self.mark = 0
         # What a write was told besides; not taken in yet.
         self.news: News | None = None
+        self._ids: list[int] = []
         self._lists: dict[tuple[TrialState, ...], list[FrozenTrial]] = {}
 
     def read_ended(self, connection: Connection) -> None:
@@ -59,8 +60,7 @@ class History:
     def take_in(self, connection: Connection, news: News) -> None:
         """Read the trials that ended and are not known."""
         new = self.lacking(news)
-        for trial in _frozen.read(connection, new):
-            self._add(trial)
+        self.add(_frozen.read(connection, new))
         if news.ended:
             last = max(news.ended) if news.first is None else news.first - 1
             self.mark = max(self.mark, last)
@@ -69,11 +69,18 @@ class History:
         """Ids of trials that ended and are not known."""
         return sorted(trial_id for trial_id in news.ended if trial_id not in self.known)
 
-    def _add(self, trial: FrozenTrial) -> None:
-        self.known[trial._trial_id] = trial
-        for states, found in self._lists.items():
-            if trial.state in states:
-                insort(found, trial, key=by_number)
+    def add(self, trials: Iterable[FrozenTrial]) -> None:
+        """Take in trials that ended and were not known."""
+        for trial in trials:
+            self.known[trial._trial_id] = trial
+            insort(self._ids, trial._trial_id)
+            for states, found in self._lists.items():
+                if trial.state in states:
+                    insort(found, trial, key=by_number)
+
+    def beyond(self, mark: int) -> list[int]:
+        """Ids, in order, of the known trials after ``mark``."""
+        return self._ids[bisect(self._ids, mark) :]
 
     def known_in(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
         """Ended trials in any of the states by number; sorted once, then kept up to date."""
@@ -91,7 +98,7 @@ class History:
             At most ``most`` trials, and how far it knows all of them once it has these.
         """
         known = set(have)
-        lacking = sorted(i for i in self.known if i > mark and i not in known)
+        lacking = [i for i in self.beyond(mark) if i not in known]
         page = lacking[:most]
         whole = len(page) == len(lacking)
         return [self.known[i] for i in page], self.mark if whole else min(page[-1], self.mark)

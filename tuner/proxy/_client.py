@@ -20,6 +20,7 @@ from tuner.ledger import (
     Order,
     SupersededError,
 )
+from tuner.ledger._history import History, by_number
 from tuner.proxy import _wire
 
 SHORT = 2.0
@@ -48,8 +49,7 @@ class RemoteLedger(Ledger):
         # Not the parent's: there is no engine here.
         self.url, self.study_id, self.limits = url, study_id, limits
         self.lease_seconds, self.patience = lease_seconds, PATIENCE
-        self.known: dict[int, FrozenTrial] = {}
-        self.mark = 0
+        self.history = History(study_id)
         self._reading = threading.Lock()
 
     def _call(
@@ -199,21 +199,21 @@ class RemoteLedger(Ledger):
             # As the ledger itself reads: what ends between the two calls is in both of them.
             rest = self.unfinished(waiting) if waiting else []
             self._read_ended()
-            found = [trial for trial in self.known.values() if trial.state in wanted]
-            found += [trial for trial in rest if trial._trial_id not in self.known]
-        return sorted(found, key=lambda trial: trial.number)
+            found = self.history.known_in(tuple(s for s in wanted if s.is_finished()))
+            found += [trial for trial in rest if trial._trial_id not in self.history.known]
+        return sorted(found, key=by_number) if rest else found
 
     def ended(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
         return self.trials(states)
 
     def _read_ended(self) -> None:
         """Take in the trials that ended since the last time, page by page."""
-        whole = False
+        history, whole = self.history, False
         while not whole:
-            have = [trial_id for trial_id in self.known if trial_id > self.mark]
-            page, mark = self.ended_after(self.mark, have, _wire.PAGE)
-            self.known.update((trial._trial_id, trial) for trial in page)
-            whole, self.mark = len(page) < _wire.PAGE, mark
+            have = history.beyond(history.mark)
+            page, history.mark = self.ended_after(history.mark, have, _wire.PAGE)
+            history.add(page)
+            whole = len(page) < _wire.PAGE
 
     def ended_after(
         self, mark: int, have: Sequence[int], most: int
@@ -225,8 +225,8 @@ class RemoteLedger(Ledger):
         return list(self._call("unfinished", [state.name for state in states]))
 
     def trial(self, trial_id: int) -> FrozenTrial:
-        if trial_id in self.known:
-            return self.known[trial_id]
+        if trial_id in self.history.known:
+            return self.history.known[trial_id]
         trial: FrozenTrial = self._call("trial", trial_id)
         return trial
 
