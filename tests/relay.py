@@ -11,14 +11,21 @@ from types import TracebackType
 from sqlalchemy.engine import URL, make_url
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Relay:
     """Hands bytes on between a port of this machine and a server, unless it is cut."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, port: int = 0) -> None:
         target: URL = make_url(url)
         default = 5432 if target.get_backend_name() == "postgresql" else 3306
         self.target = (target.host or "127.0.0.1", target.port or default)
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.url = target.set(host="127.0.0.1", port=self.port).render_as_string(False)
         self.open: list[socket.socket] = []

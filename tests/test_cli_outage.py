@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from conftest import MakeFile
-from relay import Relay
+from relay import Relay, free_port
 from test_cli import Tuner
 from test_fleet_commands import Fleet
 
+from tuner import engines
 from tuner import session as sessions
 from tuner.cli import fleet as fleet_commands
-from tuner.cli import options, read, trials
+from tuner.cli import options, read, trials, work
 from tuner.cli.failures import curable
 from tuner.datasets import Data
 from tuner.errors import StorageError
@@ -151,3 +153,84 @@ def test_server_that_goes_away_after_the_study_was_opened(
     lines = [line for line in said.splitlines() if line.startswith("tuner: ")]
     assert len(lines) == 1
     assert " does not answer: " in lines[0]
+
+
+@pytest.fixture
+def made_on_server(
+    postgres: str,
+    make_file: MakeFile,
+    digits: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """URL of a server with the study tiny; a worker that finds it ends at once."""
+    sessions.create(make_file(), postgres, FolderStore(tmp_path / "artifacts"), digits)
+    monkeypatch.setattr(work, "supervise", lambda *_, **__: "over")
+    return postgres
+
+
+@pytest.mark.database
+def test_worker_that_starts_before_its_server_waits_for_it(
+    made_on_server: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    url = sa.make_url(made_on_server).set(port=port).render_as_string(hide_password=False)
+    relays: list[Relay] = []
+    starts = threading.Timer(0.5, lambda: relays.append(Relay(made_on_server, port)))
+    starts.start()
+    try:
+        _, said = Tuner(tmp_path)("worker", "tiny", "--device", "cpu", TUNER_STORAGE=url)
+    finally:
+        starts.join()
+        for relay in relays:
+            relay.__exit__(None, None, None)
+    first, last = said.splitlines()
+    assert "Connection refused; waiting for it, up to 10 minutes" in first
+    assert last == "study tiny: the budget is spent"
+
+
+@pytest.mark.database
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"database": "nobodys"}, 'database "nobodys" does not exist'),
+        ({"username": "nobody"}, 'role "nobody" does not exist'),
+        ({"host": "tuner.invalid"}, "failed to resolve host"),
+        ({"port": 80800}, "invalid port number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_worker_does_not_wait_for_what_is_wrong(
+    wrong: dict[str, Any], reason: str, made_on_server: str, tmp_path: Path
+) -> None:
+    url = sa.make_url(made_on_server).set(**wrong).render_as_string(hide_password=False)
+    _, said = Tuner(tmp_path)("worker", "tiny", "--device", "cpu", code=1, TUNER_STORAGE=url)
+    assert said.startswith("tuner: cannot open the storage ")
+    assert reason in said
+    assert said.count("\n") == 1
+
+
+def test_worker_does_not_wait_for_a_study_that_is_not_there(made: Fleet) -> None:
+    _, said = made("worker", "smal", "--device", "cpu", code=1)
+    assert "did you mean 'small'?" in said
+
+
+def test_worker_whose_storage_does_not_come_ends_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "PATIENCE", 0.2)
+    url = f"postgresql+psycopg://someone:s3cret@127.0.0.1:{free_port()}/tuner"
+    _, said = Tuner(tmp_path)("worker", "small", "--device", "cpu", code=1, TUNER_STORAGE=url)
+    first, last = said.splitlines()
+    assert "waiting for it" in first
+    assert last.startswith("tuner: cannot open the storage postgresql+psycopg://someone:***@")
+    assert "Connection refused" in last
+    assert "s3cret" not in said
+
+
+def test_worker_that_waits_can_be_stopped() -> None:
+    def away() -> sessions.Session:
+        raise StorageError("not yet", passes=True)
+
+    asked = iter((False, True))
+    assert work.joined_when_there(away, lambda: next(asked)) is None

@@ -31,7 +31,7 @@ from tuner.engines import (
     without_password,
 )
 from tuner.errors import StorageError, TunerError
-from tuner.remote import is_remote, open_remote
+from tuner.remote import is_host, is_remote, open_remote
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 VERSION_TABLE = "alembic_version"
@@ -112,12 +112,13 @@ def opening(url: str) -> Iterator[None]:
         OSError,
         RuntimeError,
     ) as error:
-        reason = _reason(error, url)
-        backend = parse_url(url).get_backend_name()
-        if isinstance(error, ImportError) and backend in ("mysql", "mariadb"):
+        reason, parsed = _reason(error, url), parse_url(url)
+        if isinstance(error, ImportError) and parsed.get_backend_name() in ("mysql", "mariadb"):
             reason += "; pip install 'tuner[mysql]'"
+        # A running worker's name server may forget a host for a while; here it is a wrong one.
+        away = passes(error) and (not parsed.host or is_host(parsed.host))
         raise StorageError(
-            f"cannot open the storage {masked(url)}: {reason}", passes=passes(error)
+            f"cannot open the storage {masked(url)}: {reason}", passes=away
         ) from None
 
 

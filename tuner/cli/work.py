@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import _state, app
+from tuner.cli.failures import curable
 from tuner.cli.options import Artifacts, DataFolder, Device, Storage, StudyName, joined
 from tuner.cli.slot import Grace, Lanes
+from tuner.errors import StorageError
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -72,12 +75,46 @@ def worker(
     from tuner.worker import StopRequest
 
     with StopRequest().installed() as stop:
-        session = joined(study, storage, artifacts, writes=True, lasting=True)
+        session = joined_when_there(
+            lambda: joined(study, storage, artifacts, writes=True, lasting=True), stop
+        )
+        if session is None:
+            log.warning("stopped before the storage was there")
+            return
         environment = slot_environment(storage, data, artifacts, grace, lanes)
         plans = _plans(session, device, gpus, slots, slots_per_gpu, threads, environment)
         name = name or new_name()
         reason = supervise(session, plans, name, environment, stop, wait=wait, grace=grace)
     _conclude(session, reason)
+
+
+def joined_when_there(
+    join: Callable[[], Session], stop: Callable[[], bool], patience: float | None = None
+) -> Session | None:
+    """The session that ``join`` gives once the storage answers; None when ``stop`` says so.
+
+    A storage that may be about to start is waited for as long as a running worker waits for one.
+
+    Raises:
+        StorageError: It was not there in time, or waiting for it cannot help.
+    """
+    from tuner.engines import PATIENCE, pauses
+
+    seconds, said = PATIENCE if patience is None else patience, False
+    waiting = pauses(seconds)
+    while not stop():
+        try:
+            return join()
+        except Exception as error:
+            known = curable(error)
+            pause = next(waiting, None)
+            if not isinstance(known, StorageError) or not known.passes or pause is None:
+                raise
+        if not said:
+            said = True
+            log.warning("%s; waiting for it, up to %.0f minutes", known, seconds / 60)
+        time.sleep(pause)
+    return None
 
 
 def supervise(

@@ -7,7 +7,16 @@ import os
 from typing import TYPE_CHECKING
 
 from tuner.errors import StorageError
-from tuner.remote._address import PORT, TOKEN, address, is_loopback, is_remote, shown, token
+from tuner.remote._address import (
+    PORT,
+    TOKEN,
+    address,
+    is_host,
+    is_loopback,
+    is_remote,
+    shown,
+    token,
+)
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -16,6 +25,7 @@ __all__ = [
     "PORT",
     "TOKEN",
     "address",
+    "is_host",
     "is_loopback",
     "is_remote",
     "open_remote",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from urllib.parse import urlsplit
 
 from tuner.errors import StorageError
@@ -40,6 +41,17 @@ def address(url: str) -> tuple[str, int]:
 def shown(host: str, port: int) -> str:
     """A host and a port as gRPC takes them and people read them."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_host(name: str | None) -> bool:
+    """Whether a name stands for a machine; while no name server says otherwise, it may."""
+    try:
+        socket.getaddrinfo(name, None)
+    except socket.gaierror as error:
+        return error.errno == socket.EAI_AGAIN
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def token() -> str | None:

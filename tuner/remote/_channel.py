@@ -10,7 +10,7 @@ import grpc
 
 from tuner.engines import UnreachableError
 from tuner.errors import StorageError
-from tuner.remote._address import TOKEN, address, shown, token
+from tuner.remote._address import TOKEN, address, is_host, shown, token
 
 OPEN_SECONDS = 10.0
 CALL_SECONDS = 30.0
@@ -112,5 +112,5 @@ def wait_until_ready(url: str, seconds: float = OPEN_SECONDS) -> None:
             raise StorageError(
                 f"no proxy answers at {where}; start it there with tuner proxy, or name another "
                 "storage with --storage or TUNER_STORAGE",
-                passes=True,
+                passes=is_host(address(url)[0]),
             ) from None
