@@ -59,8 +59,10 @@ PASSING |= {"53000", "53100", "53200", "53300", "58030", "1040", "1053", "1203",
 PASSING |= {"2002", "2003"}
 SQLITE_PASSING = ("locked", "busy", "disk I/O", "is full")
 # psycopg has only words for a connection that was not made.
-FINAL = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
-FINAL += ("invalid port number",)
+FINAL = (
+    *("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied"),
+    "invalid port number",
+)
 BUSY = re.compile(
     "too many|max_user_connections|connection slots|starting up|shutting down|recovery mode"
     "|not yet accepting",
