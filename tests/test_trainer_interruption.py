@@ -14,7 +14,7 @@ import torch
 from image_folders import dataset, photos
 from trainer_cases import VARIED, recipe, trained
 
-from tuner import checkpoint
+from tuner import checkpoint, lane, trainer
 from tuner.checkpoint import Snapshot
 from tuner.datasets import Data, StreamedImages
 from tuner.errors import TunerError
@@ -92,12 +92,52 @@ def test_stop_at_the_last_step_of_an_epoch_finishes_the_epoch(digits: Data) -> N
     assert trained(which, digits).ends_as(rest)
 
 
+@pytest.fixture
+def _validation_of_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation that takes too long to be finished after a request to stop."""
+    monkeypatch.setattr(lane, "EVALUATION_BATCH", 64)
+    monkeypatch.setattr(trainer, "SHORT_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_validation_of_many_batches")
+@pytest.mark.parametrize("parts", VARIED.values(), ids=VARIED.keys())
+def test_epoch_whose_validation_was_left_out_is_taken_up_at_its_end(
+    parts: dict[str, Any], digits: Data, tmp_path: Path
+) -> None:
+    which = recipe(**parts)
+    whole, length = trained(which, digits), steps_of_an_epoch(which, digits)
+    # The last step asks too: the second look within validation says stop.
+    results, interruption = stopped(which, digits, length + 2)
+    assert results == []
+    assert (interruption.epoch, interruption.step) == (0, length)
+    snapshot = through_a_file(interruption.snapshot, tmp_path)
+    _, again = stopped(which, digits, 1, resume=snapshot)
+    assert (again.epoch, again.step) == (0, length), "left out once more"
+    rest = list(epochs(which, digits, resume=through_a_file(again.snapshot, tmp_path)))
+    assert [r.epoch for r in rest] == [0, 1, 2, 3]
+    assert whole.ends_as(rest)
+    assert rest[0].samples == 0
+    assert rest[0].seconds > 0
+
+
+def test_validation_that_is_almost_done_is_finished(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "EVALUATION_BATCH", 64)
+    which = recipe()
+    length = steps_of_an_epoch(which, digits)
+    results, interruption = stopped(which, digits, length)
+    assert [r.epoch for r in results] == [0]
+    assert (interruption.epoch, interruption.step) == (1, 1)
+
+
 def test_stop_is_asked_after_every_step_and_no_for_an_answer_changes_nothing(
     digits: Data,
 ) -> None:
     which, asked = recipe(), itertools.count()
     results = list(epochs(which, digits, stop=lambda: next(asked) < 0))
-    assert next(asked) == 4 * steps_of_an_epoch(which, digits)
+    batches = -(-len(digits.validation) // lane.EVALUATION_BATCH)
+    assert next(asked) == 4 * (steps_of_an_epoch(which, digits) + batches - 1)
     assert trained(which, digits).ends_as(results)
 
 
@@ -157,7 +197,9 @@ def test_snapshot_within_an_epoch_of_another_recipe_is_refused(digits: Data) -> 
         list(epochs(other, digits, resume=interruption.snapshot))
 
 
-def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(tmp_path: Path) -> None:
+def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos(tmp_path / "photos", {"common": 40, "some": 20, "rare": 10})
     source = dataset("image_folder", root="photos", image_size=16)
     data = source.build(tmp_path, resident_limit=0)
@@ -182,6 +224,11 @@ def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(tmp_pat
     assert whole.ends_as(rest)
     resident = source.build(tmp_path)
     assert trained(which, replace(resident, mean=data.mean, std=data.std)).ends_as(rest)
+    monkeypatch.setattr(lane, "EVALUATION_BATCH", 8)
+    monkeypatch.setattr(trainer, "SHORT_SECONDS", 0.0)
+    _, interruption = stopped(which, data, steps_of_an_epoch(which, data))
+    assert interruption.step == steps_of_an_epoch(which, data)
+    assert set(multiprocessing.active_children()) <= before, f"while {interruption!r} is alive"
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -164,10 +165,10 @@ class Lane:
             return None
         return source.crops(augment.margin) if augment.margin > 0 else None
 
-    def _load(self, images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _load(self, images: Images, batches: Sequence[Tensor]) -> Generator[Tensor, None, None]:
         """Images of every batch; files are decoded ahead by processes of their own."""
         workers = min(MAX_LOADERS, os.cpu_count() or 1)
-        return images.batches(batches, workers=workers, pin=self.device.type == "cuda")
+        yield from images.batches(batches, workers=workers, pin=self.device.type == "cuda")
 
     def step(self, indices: Tensor, images: Tensor | None, *, share: float) -> Tensor:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
@@ -257,14 +258,21 @@ class Lane:
         return [group["base_lr"] * factor for group in self.optimizer.param_groups]
 
     @torch.inference_mode()
-    def logits(self, images: Images) -> Tensor:
-        """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode."""
+    def logits(self, images: Images, between: Callable[[float], None] = lambda _: None) -> Tensor:
+        """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode.
+
+        ``between`` batches is told the share of them that is done, and may raise.
+        """
         self.model.eval()
         batches = torch.split(torch.arange(len(images)), self._evaluation_batch())
-        parts = [
-            self._forward(self.augment.normalize(batch.to(self.device, non_blocking=True)))
-            for batch in self._load(images, batches)
-        ]
+        parts: list[Tensor] = []
+        # Closing ends the processes that load images, also while an exception is alive.
+        with closing(self._load(images, batches)) as loaded:
+            for batch in loaded:
+                if parts:
+                    between(len(parts) / len(batches))
+                inputs = self.augment.normalize(batch.to(self.device, non_blocking=True))
+                parts.append(self._forward(inputs))
         scale: float = self.recipe.loss.output_scale()
         return torch.cat(parts).cpu() * scale
 

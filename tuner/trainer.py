@@ -21,6 +21,8 @@ from tuner.steps import Execution, Steps, steps_of
 
 Stop = Callable[[], bool]
 NAP_SECONDS = 2e-4
+SHORT_SECONDS = 2.0
+"""Of a validation no more than this is finished after a request to stop."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ def epochs(
         resume: Snapshot of the same recipe, of ``EpochResult`` or of ``Interrupted``; or of
             another recipe with the same ``stage_one_key``, taken before the switch. It goes on
             as if it had trained that stage itself.
-        stop: Asked after every step, or chunk of steps on a GPU. When it says so within an
-            epoch, ``Interrupted`` is raised; after an epoch's last step the epoch is finished
-            and yielded.
+        stop: Asked after every step, or chunk of steps on a GPU, and between batches of
+            validation. When it says so within an epoch, ``Interrupted`` is raised; after an
+            epoch's last step the epoch is finished and yielded if that does not take long.
         micro_batch: The model sees at most so many images at a time, for a device that runs
             out of memory with whole batches; at least 2. Loss, augmentation and learning rate
             remain those of the whole batch, and so does the gradient up to rounding. But
@@ -134,10 +136,7 @@ def epochs_in_turns(
         epoch = _Epoch(lane, steps, resume)
         resume = None
         train_loss = yield from epoch.train(stop)
-        with repeatable(lane.device):
-            logits = lane.logits(data.validation.images)
-        if not torch.isfinite(logits).all():
-            raise NonFiniteError(f"validation logits are not finite in epoch {lane.epoch}")
+        logits = epoch.logits(stop)
         lane.end_epoch()
         yield EpochResult(
             epoch=lane.epoch - 1,
@@ -148,6 +147,10 @@ def epochs_in_turns(
             seconds=epoch.seconds,
             lane=lane,
         )
+
+
+class _LeftOutError(Exception):
+    """An epoch's validation was not finished."""
 
 
 class _Epoch:
@@ -199,6 +202,29 @@ class _Epoch:
         if not math.isfinite(mean):
             raise NonFiniteError(f"training loss is {mean} in epoch {self.lane.epoch}")
         return mean
+
+    def logits(self, stop: Stop) -> Tensor:
+        """Logits of the validation part, (V, C).
+
+        Raises:
+            Interrupted: ``stop`` said so, and it would have taken long to finish.
+            NonFiniteError: One of them is not finite.
+        """
+        lane, began = self.lane, time.perf_counter()
+
+        def between(done: float) -> None:
+            left = (time.perf_counter() - began) * (1 - done) / done
+            if stop() and left > SHORT_SECONDS:
+                raise _LeftOutError
+
+        try:
+            with repeatable(lane.device):
+                logits = lane.logits(lane.data.validation.images, between)
+        except _LeftOutError:
+            raise self._interrupted() from None
+        if not torch.isfinite(logits).all():
+            raise NonFiniteError(f"validation logits are not finite in epoch {lane.epoch}")
+        return logits
 
     def _interrupted(self) -> Interrupted:
         snapshot = self._snapshot()

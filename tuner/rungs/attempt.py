@@ -69,7 +69,8 @@ class Attempt:
         self.session.fenced.set_trial_intermediate_value(self.lease.trial_id, result.epoch, value)
         row = {"seconds": result.seconds, "samples": result.samples, "metrics": metrics}
         self.session.fenced.note_epoch(self.lease.trial_id, result.epoch, row)
-        self.speed = result.samples / max(result.seconds, 1e-9)
+        if result.samples:
+            self.speed = result.samples / max(result.seconds, 1e-9)
 
     def write(self, **columns: Any) -> None:
         """Write what was collected, and hear the order.
