@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeSession
-from fleet import run_next
+from fleet import lease, run_alone, run_next, slot
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import artifacts, checkpoint
@@ -20,6 +20,7 @@ from tuner.session import Session
 from tuner.stores import FolderStore, StoreError
 from tuner.trainer import EpochResult
 from tuner.trainer import epochs_in_turns as real_epochs
+from tuner.worker import work
 
 SWITCH, EPOCHS = 4, 6
 LOSSES: dict[str, Any] = {"focal": {}, "balanced_softmax": {}, "label_smoothing": {}}
@@ -257,6 +258,47 @@ def test_branched_trial_is_compared_from_its_own_first_epoch_on(
     assert (whole.first, whole.length) == (0, EPOCHS)
     assert (branched.first, branched.length) == (SWITCH, EPOCHS)
     assert branched.at(1.0) == stored(session, 2).value
+
+
+def test_shared_stages_go_with_the_last_worker_of_a_study_that_is_done(
+    make_deferred: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_deferred()
+    for _ in range(3):
+        run_next(session, digits)
+    elsewhere = lease(session)
+    assert elsewhere is not None
+    assert len(stage_files(session)) == 1
+    assert work(session, digits, wait=False) == 0
+    assert len(stage_files(session)) == 1, "the last trial is still being trained"
+    assert run_alone(slot(session, digits, elsewhere), elsewhere).state == "complete"
+    assert stored(session, 3).user_attrs["branched_from"]
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderStore, "keys", refuse)
+        assert work(session, digits) == 0, "a store that fails costs nothing else"
+    assert work(session, digits) == 0
+    assert stage_files(session) == []
+
+
+def refuse(*_: object) -> list[str]:
+    raise StoreError("cannot list: no such device")
+
+
+def test_shared_stages_stay_while_a_study_may_go_on(
+    make_deferred: MakeSession, digits: Data
+) -> None:
+    session = make_deferred()
+    for _ in range(2):
+        run_next(session, digits)
+    session.ledger.give_order("stop", "asked for")
+    assert work(session, digits) == 0
+    assert len(stage_files(session)) == 1
+    session.ledger.give_order("run")
+    assert work(session, digits) == 2
+    assert stage_files(session) == []
+    larger = make_deferred(budget={"trials": 5, "epochs": EPOCHS})
+    assert work(larger, digits) == 1
+    assert stored(larger, 4).state == TrialState.COMPLETE, "it trained the stage again"
 
 
 def die(session: Session, data: Data, *, at: int) -> None:

@@ -120,6 +120,17 @@ def keep_weights_only_of(store: Store, numbers: set[int]) -> None:
             _remove(store, key)
 
 
+def drop_stages(store: Store) -> None:
+    """Remove every shared stage from the store of a study; what stays is said."""
+    try:
+        keys = store.keys("stage-")
+    except StoreError as error:
+        log.warning("shared stages that are no longer needed stay: %s", error)
+        return
+    for key in keys:
+        _remove(store, key)
+
+
 def _load(store: Store, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return checkpoint.from_bytes(store.read(key), store.place(key))
 

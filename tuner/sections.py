@@ -71,8 +71,9 @@ class Budget:
     """How much may be trained, by all workers together; whatever is reached first ends it.
 
     ``trials`` (all of a grid when not given) of ``epochs`` each; ``gpu_hours`` of training summed
-    over the slots, GPU or not; ``hours`` on the clock since the first trial began; ``target``, a
-    value of the objective; ``plateau``, complete trials without a better one than before.
+    over the slots, GPU or not, an epoch when it ends; ``hours`` on the clock since the first trial
+    began; ``target``, a value of the objective; ``plateau``, complete trials without a better one
+    than before.
     """
 
     trials: Annotated[int, Field(ge=1, le=LARGEST)] | None = None

@@ -38,6 +38,12 @@ def fill_queue(session: Session) -> int:
             return len(due)
 
 
+def is_done(session: Session) -> bool:
+    """Whether all trials have ended, and none is due."""
+    trials = session.trials()
+    return all(trial.state.is_finished() for trial in trials) and not _due(session, trials)
+
+
 def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
     waiting = sum(t.state == TrialState.WAITING for t in trials)
     # Many workers come together when the queue runs dry: it is filled once, not topped up by each.

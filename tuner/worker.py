@@ -26,6 +26,7 @@ from tuner.pulse import Pulse, facts, is_gone
 from tuner.rungs.full import run
 from tuner.rungs.outcome import OnEpoch, Outcome, Slot
 from tuner.rungs.peers import Peers
+from tuner.rungs.shared import drop_unneeded
 from tuner.rungs.turns import Entry, Turns
 from tuner.session import Session
 from tuner.tickets import next_lease
@@ -128,6 +129,8 @@ def work(
     with Pulse(session.ledger, worker) as pulse:
         slot = Slot(session, pulse, data, device, Peers(session), most=lanes)
         ended = _work(slot, wait, stop, on_epoch, _Telling(on_trial, on_cohort))
+    if not stop():
+        drop_unneeded(session)
     session.ledger.leave(worker)
     raise_if_broken(session, session.ledger.order())
     return ended

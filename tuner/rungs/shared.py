@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from tuner import artifacts
@@ -9,6 +10,7 @@ from tuner.checkpoint import Snapshot
 from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.stores import Store
+from tuner.tickets import is_done
 from tuner.trainer import EpochResult
 from tuner.training import Deferred, SingleStage
 
@@ -46,6 +48,21 @@ def share(session: Session, recipe: Recipe, result: EpochResult) -> bool:
     identity = _identity(session, key)
     artifacts.save_checkpoint(stage_store(session, key), result.snapshot(), identity)
     return True
+
+
+def drop_unneeded(session: Session) -> None:
+    """Remove all shared states once the study is done: no trial waits, runs or is due.
+
+    Every worker that leaves asks, so the last one does. Whoever takes the study up again, with a
+    larger budget, and comes in between, trains its stage again.
+    """
+    shares = "deferred" in session.file.ladder.rungs or "deferred" in _trainings(session)
+    if shares and session.ledger.order().state == "run" and is_done(session):
+        artifacts.drop_stages(session.store)
+
+
+def _trainings(session: Session) -> Collection[str]:
+    return session.file.space.parts["training"]
 
 
 def _as_deferred(session: Session, recipe: Recipe) -> Recipe:
