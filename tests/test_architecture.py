@@ -35,6 +35,7 @@ proxy
 fit pulse held
 climbing
 confirm
+rounds
 tickets
 session
 trained proposals

@@ -14,7 +14,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import __version__
-from tuner.confirm import winner
 from tuner.datasets import Data
 from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, close_match
@@ -25,6 +24,7 @@ from tuner.ledger import FencedStorage, Ledger, Limits, prepare, prepared
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
 from tuner.remote import is_remote
+from tuner.rounds import winner
 from tuner.search import CohortTPESampler
 from tuner.storage import exclusive, lease_seconds, open_storage, opening
 from tuner.stores import Store

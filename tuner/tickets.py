@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import Ticket, climb, ladder_lines, presets
-from tuner.confirm import confirm_lines, confirming
 from tuner.ledger import Lease
+from tuner.rounds import confirm_lines, confirming
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:

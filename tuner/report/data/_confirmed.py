@@ -37,7 +37,8 @@ class Repeated:
 class ConfirmedRecipe:
     """A recipe at the confirm rung; ``search`` is what it was picked for.
 
-    ``role`` tells plain cross-entropy, with its defaults and tuned, from other recipes.
+    ``role`` tells plain cross-entropy, with its defaults and tuned, from other recipes. One that
+    was ``dropped`` has no difference to either, and fewer ``fresh`` values than there are seeds.
     ``test`` are the values of its models on the test part, for those that were looked at there.
     """
 
@@ -49,7 +50,9 @@ class ConfirmedRecipe:
     fresh: Repeated
     test: Repeated | None
     keeps_floor: bool
+    dropped: bool
     to_plain: Difference | None
+    to_tuned: Difference | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,9 @@ def _recipe(row: dict[str, Any], metric: str, test: Repeated | None) -> Confirme
         fresh=_repeated(row["values"]),
         test=test,
         keeps_floor=row["keeps_floor"],
+        dropped=row["dropped"],
         to_plain=_difference(metric, row["to_plain"].get(metric)),
+        to_tuned=_difference(metric, row["to_tuned"].get(metric)),
     )
 
 
