@@ -44,6 +44,17 @@ def confirming(session: Session) -> Iterator[Ticket]:
         yield _ticket(each, index)
 
 
+def spare(session: Session, *, searched: bool) -> Iterator[Ticket]:
+    """Trainings of plain cross-entropy, due whoever goes on: for workers that would wait.
+
+    Which one the search tuned best is known once all is ``searched``.
+    """
+    roles = ("plain", "tuned") if searched else ("plain",)
+    found = [each for each in entrants(session) if each.role in roles]
+    for index in range(session.file.ladder.confirm.seeds):
+        yield from (_ticket(each, index) for each in found)
+
+
 def _planned(session: Session, found: Sequence[Standing]) -> Iterator[tuple[int, Standing]]:
     for index, going in enumerate(rounds(session, found)):
         yield from ((index, each) for each in going)
