@@ -32,7 +32,7 @@ remote
 storage
 ledger
 proxy
-fit pulse held
+fit pulse held plain
 climbing
 confirm
 rounds

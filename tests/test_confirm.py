@@ -34,7 +34,7 @@ from tuner.worker import work
 
 CONFIRM: dict[str, Any] = {
     "rungs": ["full", "confirm"],
-    "confirm": {"recipes": 3, "seeds": 2, "keep": 1.0},
+    "confirm": {"recipes": 3, "seeds": 2, "keep": 1.0, "plain": 0},
 }
 SEARCH: dict[str, Any] = {**CLIMBING, "ladder": CONFIRM, "budget": {"trials": 8, "epochs": 3}}
 Value = Callable[[Attempt], float]
@@ -139,10 +139,12 @@ def test_the_answer_is_that_of_the_search_until_the_rung_is_over(
     for _ in range(8 + 7):
         end_next(session, digits, lucky)
         assert winner(session) is None
-    assert confirm_lines(session) == ["confirm 7 of at most 10 trials"]
+    told = "plain cross-entropy was tuned with 1 of 8 trials"
+    assert confirm_lines(session) == [told, "confirm 7 of at most 10 trials"]
     end_next(session, digits, lucky)
     assert [t.number for t in (session.best(), winner(session)) if t is not None] == [6, 6]
     assert confirm_lines(session) == [
+        told,
         "confirm 8 of 8 trials",
         "trial 6: 0.6000 ± 0.0000 with 2 fresh seeds, 0.6000 in the search",
     ]
@@ -237,7 +239,7 @@ def test_every_algorithm_can_be_confirmed(
     session = make_session(**SEARCH | {"search": search, "space": space, "budget": budget})
     climb_to_the_top(session, digits, merit)
     assert winner(session) is not None
-    assert ladder_state(session)[0].startswith("confirm ")
+    assert ladder_state(session)[1].startswith("confirm ")
 
 
 @pytest.fixture

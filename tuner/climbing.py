@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
+from tuner.plain import shared_out
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -126,7 +127,8 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
             more += _unseen(session, chosen, round(ladder.unseen * room))
     more = more[: room - len(first)]
     yield from more
-    yield from (({}, _attrs(rung)) for _ in range(room - len(first) - len(more)))
+    left = room - len(first) - len(more)
+    yield from shared_out(session, left) if rung == "full" else [({}, _attrs(rung))] * left
 
 
 def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:

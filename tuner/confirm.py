@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.climbing import at
 from tuner.ladder import HasAttributes, is_judged
 from tuner.metrics import METRICS
+from tuner.plain import is_plain
 from tuner.seeding import derive_seed
 from tuner.statistics import RepeatedDifference, repeated_difference
 
@@ -68,7 +70,7 @@ def contenders(session: Session) -> dict[int, Role]:
         distinct.setdefault(trial.user_attrs["digest"], trial)
     found: dict[int, Role] = {} if baseline is None else {baseline.number: "plain"}
     others = [t for t in distinct.values() if not _copies(t, baseline)]
-    tuned = next(filter(_is_plain, others), None)
+    tuned = next(filter(is_plain, others), None)
     if tuned is not None:
         found[tuned.number] = "tuned"
     rest = [trial.number for trial in others if trial is not tuned]
@@ -79,9 +81,10 @@ def _copies(trial: FrozenTrial, other: FrozenTrial | None) -> bool:
     return other is not None and trial.user_attrs["digest"] == other.user_attrs["digest"]
 
 
-def _is_plain(trial: FrozenTrial) -> bool:
-    attrs = trial.user_attrs
-    return bool(attrs["loss"] == "cross_entropy" and attrs["sampler"] == "natural")
+def tuned_with(session: Session) -> tuple[int, int]:
+    """Trials of the full rung that trained plain cross-entropy, and all of them, so far."""
+    ended = [t for t in at(session, "full") if t.state.is_finished()]
+    return sum(map(is_plain, ended)), len(ended)
 
 
 def fresh_seed(session: Session, index: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from tuner.confirm import Role, Standing, against, mean_breach, plain_of, standings
+from tuner.confirm import Role, Standing, against, mean_breach, plain_of, standings, tuned_with
 from tuner.datasets import Data
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import METRICS, evaluate
@@ -26,7 +26,8 @@ def confirmation(
 
     Each has its value in the ``search``, its ``values`` by seed, and its differences of
     ``metrics`` to plain cross-entropy, with its defaults and tuned; the p-values of one metric are
-    adjusted for there being several recipes (Holm 1979). A recipe that was ``dropped`` has values
+    adjusted for there being several recipes (Holm 1979). ``tuned_with`` are the trials that tuned
+    plain cross-entropy, and all of the full rung. A recipe that was ``dropped`` has values
     of the seeds it was trained with, and no differences: those would be too low on average. It
     counts as one of the several, with a p-value of 1, so that to drop it only ever takes away a
     finding. ``rivals`` are recipes with every seed that are not told apart from the first. On the
@@ -42,6 +43,7 @@ def confirmation(
         "seeds": session.file.ladder.confirm.seeds,
         "other_images": data.carved,
         "adjusted": session.file.objective.adjusted,
+        "tuned_with": list(tuned_with(session)),
         "recipes": _rows(session, found, names),
         "rivals": [
             each.trial.number

@@ -67,12 +67,15 @@ class ConfirmRung:
     the search tuned it best. ``seeds``: trainings of each; the search's seed is not among them.
     Where validation was carved out of the training part, every seed has other images there.
     ``keep``: the share of the recipes, the best of them, that goes on after each seed, two at the
-    least (successive halving, Karnin et al. 2013); 1 trains all with every seed.
+    least (successive halving, Karnin et al. 2013); 1 trains all with every seed. ``plain``: the
+    share of the trials of ``full`` that tune plain cross-entropy, "equal" for as many as each loss
+    has on average (see ``tuner.plain``); 0 for as many as the algorithm happens to propose.
     """
 
     recipes: Annotated[int, Field(ge=1, le=100)] = 7
     seeds: Annotated[int, Field(ge=2, le=100)] = 4
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    plain: Annotated[float, Field(ge=0, le=0.5)] | Literal["equal"] = "equal"
 
     def going_on(self, recipes: int) -> int:
         """How many of so many recipes go on after a seed."""

@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import compared
 from tuner.ladder import Rung, is_judged, rung_of
-from tuner.search import algorithm, cohort_tpe
+from tuner.plain import is_plain
+from tuner.search import STARTUP_TRIALS, algorithm, cohort_tpe
 from tuner.seeding import derive_seed
 from tuner.session import Session
 
@@ -22,16 +23,17 @@ BLIND = 3
 """At the head rung every third proposal is drawn at random: many are made before any is judged."""
 
 
-def proposing(session: Session, rung: Rung, number: int) -> Study:
+def proposing(session: Session, rung: Rung, number: int, *, plain: bool = False) -> Study:
     """The study as the algorithm sees it that proposes trial ``number`` of a rung.
 
     A study that is searched at one rung is seen whole. At the head rung many proposals learn
-    from the same trials, until ``forget`` is called.
+    from the same trials, until ``forget`` is called. Who tunes ``plain`` cross-entropy learns
+    from its trials alone once there are enough of them.
     """
-    study, name = _study(session, rung), session.file.search.algorithm
+    study, name = _study(session, rung, plain=plain), session.file.search.algorithm
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
     if rung != "head":
-        forget(session, rung)
+        _forget(study)
     if rung == "confirm":  # Nothing is left open there.
         study.sampler = algorithm("random", seed)
     elif rung != "head" or name != "tpe":
@@ -46,24 +48,33 @@ def proposing(session: Session, rung: Rung, number: int) -> Study:
 
 def forget(session: Session, rung: Rung) -> None:
     """Read the trials again before the next proposal."""
-    _study(session, rung)._thread_local.cached_all_trials = None
+    _forget(_study(session, rung))
     session.samplers.pop(rung, None)
 
 
-def _study(session: Session, rung: Rung) -> Study:
+def _forget(study: Study) -> None:
+    study._thread_local.cached_all_trials = None
+
+
+def _study(session: Session, rung: Rung, *, plain: bool = False) -> Study:
     if session.file.ladder.rungs == ("full",):
         return session.study
-    if rung not in session.views:
-        seen = session.fenced.through(_view(session, rung))
-        session.views[rung] = Study(study_name=session.study.study_name, storage=seen)
-    return session.views[rung]
+    if (rung, plain) not in session.views:
+        seen = session.fenced.through(_view(session, rung, plain))
+        session.views[rung, plain] = Study(study_name=session.study.study_name, storage=seen)
+    return session.views[rung, plain]
 
 
-def _view(session: Session, rung: Rung) -> Callable[[list[FrozenTrial]], list[FrozenTrial]]:
+def _view(
+    session: Session, rung: Rung, plain: bool
+) -> Callable[[list[FrozenTrial]], list[FrozenTrial]]:
     done: dict[int, FrozenTrial] = {}
 
     def view(trials: list[FrozenTrial]) -> list[FrozenTrial]:
         own = [_as_complete(t, done) for t in trials if rung_of(t) == rung]
+        alike = [trial for trial in own if is_plain(trial)] if plain else []
+        if sum(trial.state.is_finished() for trial in alike) >= STARTUP_TRIALS:
+            return _capped(session, alike)
         return sorted(_prior(session, rung) + _capped(session, own), key=lambda t: t.number)
 
     return view

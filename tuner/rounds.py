@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optuna.trial import FrozenTrial
 
 from tuner.climbing import Ticket
-from tuner.confirm import Standing, entrants, plain_of, ranked, standings
+from tuner.confirm import Standing, entrants, plain_of, ranked, standings, tuned_with
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -105,10 +105,11 @@ def confirm_lines(session: Session) -> list[str]:
     own = [t for t in session.trials() if "confirms" in t.user_attrs]
     own = [t for t in own if "retry_of" not in t.user_attrs]
     ended, over = sum(t.state.is_finished() for t in own), is_decided(session)
-    settings = session.file.ladder.confirm
-    lines = [f"confirm {ended} of {len(own) if over else f'at most {settings.most()}'} trials"]
+    settings, (plain, trials) = session.file.ladder.confirm, tuned_with(session)
+    lines = [f"plain cross-entropy was tuned with {plain} of {trials} trials"] if trials else []
+    lines += [f"confirm {ended} of {len(own) if over else f'at most {settings.most()}'} trials"]
     lines += [
-        f"{trials(numbers)} dropped after {seeds} of {settings.seeds} seeds"
+        f"{named(numbers)} dropped after {seeds} of {settings.seeds} seeds"
         for seeds, numbers in dropped(session).items()
     ]
     if winner(session) is not None:
@@ -122,6 +123,6 @@ def confirm_lines(session: Session) -> list[str]:
     return lines
 
 
-def trials(numbers: Sequence[int]) -> str:
+def named(numbers: Sequence[int]) -> str:
     """Trials by their numbers, in words."""
     return f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

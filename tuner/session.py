@@ -43,7 +43,7 @@ class Session:
     study: Study
     store: Store
     fenced: FencedStorage
-    views: dict[Rung, Study] = field(default_factory=dict, repr=False, compare=False)
+    views: dict[tuple[Rung, bool], Study] = field(default_factory=dict, repr=False, compare=False)
     samplers: dict[Rung, CohortTPESampler] = field(default_factory=dict, repr=False, compare=False)
     _found: list[FrozenTrial] = field(default_factory=list, repr=False, compare=False)
 

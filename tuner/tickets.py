@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import Ticket, climb, early, ladder_lines, presets
 from tuner.ledger import Lease
+from tuner.plain import shared_out
 from tuner.rounds import confirm_lines, confirming, spare
 from tuner.study import PROGRESSIVE, distinct_grid
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 AHEAD = 256
 MAX_BASELINES = 3
 CALMER = 0.3
-KIND = ("fidelity", "rung", "promoted_from", "unseen", "confirms", "fold")
+KIND = ("fidelity", "rung", "promoted_from", "unseen", "plain", "confirms", "fold")
 
 
 def fill_queue(session: Session) -> int:
@@ -150,11 +151,11 @@ def _tickets(session: Session) -> Iterator[Ticket]:
 
 
 def _full_tickets(session: Session) -> Iterator[Ticket]:
-    """One published default per loss, the rest free."""
+    """One published default per loss, the rest free but for what plain cross-entropy is due."""
     budget = session.file.trials() - 1
     made = list(presets(session))[:budget]
     yield from made
-    yield from (({}, {}) for _ in range(budget - len(made)))
+    yield from shared_out(session, budget - len(made))
 
 
 def _progressive_tickets(session: Session) -> Iterator[Ticket]:

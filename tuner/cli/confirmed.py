@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tuner.confirm import ROLE_NAMES
 from tuner.confirmation import amount, p_value, spread, unit
-from tuner.rounds import trials
+from tuner.rounds import named
 
 
 def confirmed_table(found: dict[str, Any], metric: str) -> Table:
@@ -60,15 +60,20 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
         f"{found['seeds']} fresh seeds{images} it has {now}{unit(metric)}."
     )
     if found["rivals"]:
-        yield f"The seeds do not tell it from {trials(found['rivals'])}."
+        yield f"The seeds do not tell it from {named(found['rivals'])}."
     if any(row["dropped"] for row in found["recipes"]):
         yield (
             f"Recipes with fewer than {found['seeds']} seeds were dropped on the way: they stood "
             "behind, which does not show them to be worse."
         )
-    if metric in first["to_tuned"]:
-        told = first["to_tuned"][metric]
-        yield (
-            f"Its difference to plain cross-entropy as the search tuned it is "
-            f"{_difference(metric, told)}{unit(metric) and ' points'}, {p_value(told['p_value'])}."
+    tuned, searched = found["tuned_with"]
+    told = first["to_tuned"].get(metric)
+    more = (
+        ""
+        if told is None
+        else (
+            f"; the difference to that is {_difference(metric, told)}{unit(metric) and ' points'}, "
+            f"{p_value(told['p_value'])}"
         )
+    )
+    yield f"Plain cross-entropy was tuned with {tuned} of {searched} trials{more}."

@@ -11,7 +11,7 @@ from tuner.report.data import ConfirmedData, ConfirmedRecipe, Difference, Repeat
 from tuner.report.drawing import BLUE, GREY, ORANGE, add_points, axis_title, new_figure, scaled
 from tuner.report.markup import Html, element, plot, table
 from tuner.report.words import amount, count, in_figure, label, p_value, size
-from tuner.rounds import trials
+from tuner.rounds import named
 
 HEADS = ("recipe", "in the search", "with fresh seeds", "to plain cross-entropy", "p-value", "test")
 
@@ -21,7 +21,7 @@ def confirmed(found: ConfirmedData | None) -> Iterator[Html]:
     if found is None:
         return
     yield element("h2", "Confirmed")
-    yield element("p", f"{shrinkage(found)} {tuned(found)}".strip())
+    yield element("p", f"{shrinkage(found)} {tuned(found)}")
     images = " and on other validation images" if found.other_images else ""
     adjusted = ", all with logit adjustment" if found.adjusted else ""
     name = f"{label(found.metric).capitalize()}{adjusted}"
@@ -46,20 +46,18 @@ def shrinkage(found: ConfirmedData) -> str:
         f"With fresh seeds{images} the same recipe has {spread(metric, first.fresh)}."
     )
     if found.rivals:
-        return f"{text} These trainings do not tell it from {trials(found.rivals)}."
+        return f"{text} These trainings do not tell it from {named(found.rivals)}."
     every = " with every seed" if any(recipe.dropped for recipe in found.recipes) else ""
     return f"{text} These trainings tell it from every other{every} that keeps the floor."
 
 
 def tuned(found: ConfirmedData) -> str:
-    """What the best recipe has beyond plain cross-entropy as the search tuned it, if compared."""
-    told = found.recipes[0].to_tuned
+    """How plain cross-entropy was tuned, and what the best recipe has beyond that."""
+    (own, trials), told = found.tuned_with, found.recipes[0].to_tuned
+    text = f"Plain cross-entropy was tuned with {own:,} of {count(trials, 'trial')}"
     if told is None:
-        return ""
-    return (
-        f"Its difference to plain cross-entropy as the search tuned it is "
-        f"{_gain(found.metric, told)}, {p_value(told)}."
-    )
+        return f"{text}."
+    return f"{text}; the difference to that is {_gain(found.metric, told)}, {p_value(told)}."
 
 
 def _why_fewer(found: ConfirmedData) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.ladder import Rung, is_judged, rung_of
+from tuner.plain import is_plain
 from tuner.pruning import Curve
 from tuner.session import Session
 
@@ -14,11 +15,15 @@ class Peers:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.curves: dict[int, tuple[Rung, Curve] | None] = {}
+        self.curves: dict[int, tuple[Rung, bool, Curve] | None] = {}
         self.had_baseline = False
 
-    def now(self, rung: Rung) -> list[Curve]:
-        """The curves there are at this moment of trials of a rung."""
+    def now(self, rung: Rung, *, plain: bool = False) -> list[Curve]:
+        """The curves there are at this moment of trials of a rung.
+
+        Those that tune ``plain`` cross-entropy compete with each other alone: beside losses made
+        for the tail most would be given up, the better ones too.
+        """
         if not self.had_baseline and self.session.baseline() is not None:
             # Without a baseline there was no floor to break.
             self.had_baseline = True
@@ -28,9 +33,10 @@ class Peers:
         for trial in ended if len(ended) > len(self.curves) else ():
             if trial.number not in self.curves:
                 self.curves[trial.number] = self._curve(trial)
-        return [found[1] for found in self.curves.values() if found and found[0] == rung]
+        known = filter(None, self.curves.values())
+        return [curve for at, is_it, curve in known if at == rung and (is_it or not plain)]
 
-    def _curve(self, trial: FrozenTrial) -> tuple[Rung, Curve] | None:
+    def _curve(self, trial: FrozenTrial) -> tuple[Rung, bool, Curve] | None:
         attrs = trial.user_attrs
         if "metrics" not in attrs or "duplicate_of" in attrs:
             return None
@@ -44,4 +50,4 @@ class Peers:
             settled=attrs["settled"],
             complete=is_judged(trial),
         )
-        return rung_of(trial), curve
+        return rung_of(trial), is_plain(trial), curve

@@ -57,12 +57,16 @@ class ConfirmedRecipe:
 
 @dataclass(frozen=True)
 class ConfirmedData:
-    """The recipes that were confirmed, the best first; ``rivals`` are not told apart from it."""
+    """The recipes that were confirmed, the best first; ``rivals`` are not told apart from it.
+
+    ``tuned_with`` are the trials that tuned plain cross-entropy, and all of the full rung.
+    """
 
     metric: str
     seeds: int
     other_images: bool
     adjusted: bool
+    tuned_with: tuple[int, int]
     recipes: tuple[ConfirmedRecipe, ...]
     rivals: tuple[int, ...]
 
@@ -80,6 +84,7 @@ def confirmed_data(session: Session) -> ConfirmedData | None:
         seeds=found["seeds"],
         other_images=found["other_images"],
         adjusted=found["adjusted"],
+        tuned_with=tuple(found["tuned_with"]),
         recipes=tuple(_recipe(row, metric, test.get(row["trial"])) for row in found["recipes"]),
         rivals=tuple(found["rivals"]),
     )
