@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from tuner.datasets import Data
 from tuner.ladder import rung_of
+from tuner.ledger import Lease
 from tuner.pulse import Pulse
 from tuner.rungs.attempt import Attempt
 from tuner.rungs.recipes import resolve
@@ -41,8 +42,13 @@ CLIMBING: dict[str, Any] = {
 def end_next(session: Session, data: Data, score: Score, overall: float = 0.9) -> int | None:
     """End the next trial with the value ``score`` gives it; its number, None if there is none."""
     claimed = lease(session)
-    if claimed is None:
-        return None
+    return None if claimed is None else finish_with(session, claimed, data, score, overall)
+
+
+def finish_with(
+    session: Session, claimed: Lease, data: Data, score: Score, overall: float = 0.9
+) -> int:
+    """End the trial of a lease with the value ``score`` gives it; its number."""
     attempt = Attempt(session, claimed, Pulse(session.ledger, (claimed.worker_id, 1)))
     resolve(session, attempt.trial, data)
     value = score(attempt)

@@ -32,9 +32,10 @@ remote
 storage
 ledger
 proxy
-fit pulse held ended
+fit pulse held ended plain
 climbing
 confirm
+rounds
 tickets
 session
 trained proposals

@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, by_recipe, climb_to_the_top, end_next, merit, opposite
+from climbers import CLIMBING, by_recipe, climb_to_the_top, end_next, finish_with, merit, opposite
 from conftest import MakeSession
-from fleet import claim
+from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import at, compared, ladder_lines, promoted
@@ -40,6 +40,32 @@ def test_nothing_but_the_baseline_is_due_before_it_is_complete(
     end_next(session, digits, merit)
     fill_queue(session)
     assert Counter(rung_of(t) for t in session.trials()) == {"full": 1, "head": 40}
+
+
+def test_whoever_would_wait_for_others_trains_what_is_due_in_any_case(
+    make_session: MakeSession, digits: Data
+) -> None:
+    ladder = {**CLIMBING["ladder"], "rungs": ["head", "full", "confirm"], "confirm": {"plain": 0}}
+    session = make_session(**CLIMBING | {"ladder": ladder})
+    claimed = [one for one in (lease(session) for _ in range(4)) if one]
+    marks = [set(t.user_attrs) for t in session.trials()]
+    assert marks == [{"baseline"}, *[{"preset", "compares"}] * 3]
+    finish_with(session, claimed[0], digits, merit)
+    heads = [lease(session) for _ in range(40)]
+    assert {rung_of(t) for t in session.trials()[4:]} == {"head"}
+    later = [lease(session) for _ in range(7)]
+    assert later[-1] is None
+    more = [t.user_attrs for t in session.trials()[44:]]
+    assert [attrs.get("preset") for attrs in more[:2]] == ["vector_scaling", "focal"]
+    assert [(attrs["confirms"], attrs["fold"]) for attrs in more[2:]] == [(0, i) for i in range(4)]
+    for one in [*claimed[1:], *heads, *later]:
+        if one is not None:
+            finish_with(session, one, digits, merit)
+    trials = climb_to_the_top(session, digits, merit)
+    assert kinds(trials) == {"baseline": 1, "preset": 5, "promoted_from": 5, "unseen": 5, "own": 5}
+    again = [t for t in trials if rung_of(t) == "confirm"]
+    pairs = {(t.user_attrs["confirms"], t.user_attrs["fold"]) for t in again}
+    assert len(pairs) == len(again), "nothing twice"
 
 
 def test_a_study_climbs_to_exactly_its_budget(make_session: MakeSession, digits: Data) -> None:
@@ -190,8 +216,6 @@ def test_one_cheap_rung_alone_gives_the_answer(make_session: MakeSession, digits
 def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
     make_session: MakeSession, digits: Data
 ) -> None:
-    from fleet import lease
-
     session = make_session(**CLIMBING)
     for _ in range(3):
         claimed = lease(session)

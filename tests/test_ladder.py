@@ -152,6 +152,14 @@ def test_correlation_is_spearmans_and_its_interval_covers_the_truth() -> None:
     assert 0.93 < covered / len(drawn) < 0.97
 
 
+def test_equal_values_share_their_mean_rank() -> None:
+    drawn = np.random.default_rng(1).integers(0, 5, size=(50, 12, 2))
+    for sample in drawn:
+        found = rank_correlation([(float(a), float(b)) for a, b in sample])
+        assert found is not None
+        assert found[0] == pytest.approx(stats.spearmanr(*sample.T).statistic, abs=1e-12)
+
+
 def test_correlation_of_few_or_equal_values_is_not_defined_and_a_perfect_one_stays_unsure() -> None:
     assert rank_correlation([(1, 1), (2, 2), (3, 3)]) is None
     assert rank_correlation([(1, n) for n in range(9)]) is None

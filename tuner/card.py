@@ -157,6 +157,8 @@ def _confirmed(session: Session, verdict: dict[str, Any] | None) -> list[str]:
                 "| recipe | in the search | validation, mean ± sd | test, mean ± sd |",
                 "|---|---|---|---|",
                 *lines,
+                "",
+                "Plain cross-entropy was tuned with {} of {} trials.".format(*found["tuned_with"]),
             ]
         )
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial
 
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
+from tuner.plain import shared_out
 
 if TYPE_CHECKING:
     from tuner.session import Session
@@ -73,8 +74,34 @@ def presets(session: Session, rung: Rung = "full") -> Iterator[Ticket]:
             yield space.defaults(loss=loss), {**_attrs(rung), "preset": loss}
 
 
+def early(session: Session) -> list[Ticket]:
+    """Trials of the full rung that are due whatever the rungs below find: the losses' defaults.
+
+    They keep a worker busy that would wait for others to end a rung or the baseline.
+    """
+    ladder = session.file.ladder
+    climbs = ladder.last == "full" and ladder.below("full") is not None
+    return _comparing_presets(session, "full") if climbs else []
+
+
+def _comparing_presets(session: Session, rung: Rung) -> list[Ticket]:
+    """One published default per loss, as far as those promoted leave room; trained early."""
+    room = _room(session, rung)
+    made = list(presets(session, rung))[: room - _promotions(session, room)]
+    return [(params, attrs | COMPARES) for params, attrs in made]
+
+
+def _room(session: Session, rung: Rung) -> int:
+    """Trials of a rung without the baseline, which is one of the full rung."""
+    return _budget(session, rung) - (rung == "full")
+
+
+def _promotions(session: Session, room: int) -> int:
+    return min(room, max(1, round(session.file.ladder.promoted * room)))
+
+
 def _first(session: Session, rung: Rung) -> Iterator[Ticket]:
-    budget = _budget(session, rung) - (rung == "full")
+    budget = _room(session, rung)
     made = list(presets(session, rung))[:budget]
     yield from made
     yield from (({}, _attrs(rung)) for _ in range(budget - len(made)))
@@ -82,13 +109,13 @@ def _first(session: Session, rung: Rung) -> Iterator[Ticket]:
 
 def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     """What the rung below promotes, one default per loss, and the algorithm's own."""
-    ladder, room = session.file.ladder, _budget(session, rung) - (rung == "full")
-    wanted = min(room, max(1, round(ladder.promoted * room)))
-    chosen = promoted(session, below, wanted)
+    ladder, room = session.file.ladder, _room(session, rung)
+    chosen = promoted(session, below, _promotions(session, room))
     half = (len(chosen) + 1) // 2
     first = [_promotion(session, trial, rung) for trial in chosen[:half]]
-    first = [*first, *list(presets(session, rung))[: room - wanted]]
-    yield from ((params, attrs | COMPARES) for params, attrs in first)
+    first = [(params, attrs | COMPARES) for params, attrs in first]
+    first += _comparing_presets(session, rung)
+    yield from first
     ended = {_origin(t.user_attrs) for t in at(session, rung) if t.state.is_finished()}
     if any(_origin(attrs) not in ended for _, attrs in first):
         return
@@ -99,7 +126,8 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
             more += _unseen(session, chosen, round(ladder.unseen * room))
     more = more[: room - len(first)]
     yield from more
-    yield from (({}, _attrs(rung)) for _ in range(room - len(first) - len(more)))
+    left = room - len(first) - len(more)
+    yield from shared_out(session, left) if rung == "full" else [({}, _attrs(rung))] * left
 
 
 def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,17 +1,18 @@
-"""The confirm rung: the best recipes again with fresh seeds, and which of them is the answer."""
+"""The confirm rung: which recipes are trained again with fresh seeds, and how they stand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import Ticket
+from tuner.climbing import at
 from tuner.ladder import HasAttributes, is_judged
 from tuner.metrics import METRICS
+from tuner.plain import is_plain
 from tuner.seeding import derive_seed
 from tuner.statistics import RepeatedDifference, repeated_difference
 
@@ -29,13 +30,18 @@ class Standing:
 
     ``role`` is ``plain`` for plain cross-entropy with its defaults, ``tuned`` for the best plain
     cross-entropy that the search found, else ``recipe``. ``runs`` are the trainings that came to
-    their end, by the index of their seed; ``ended`` counts those that failed too.
+    their end, by the index of their seed; ``ended`` are the indices of those that failed too.
     """
 
     trial: FrozenTrial
     role: Role
     runs: Mapping[int, FrozenTrial]
-    ended: int
+    ended: frozenset[int]
+
+    def up_to(self, seeds: int) -> Standing:
+        """How it stood when it was trained with so many seeds."""
+        runs = {index: run for index, run in self.runs.items() if index < seeds}
+        return replace(self, runs=runs, ended=frozenset(i for i in self.ended if i < seeds))
 
     def metric(self, name: str, *, adjusted: bool) -> dict[int, float]:
         """A metric by the index of the seed, where it could be estimated."""
@@ -64,7 +70,7 @@ def contenders(session: Session) -> dict[int, Role]:
         distinct.setdefault(trial.user_attrs["digest"], trial)
     found: dict[int, Role] = {} if baseline is None else {baseline.number: "plain"}
     others = [t for t in distinct.values() if not _copies(t, baseline)]
-    tuned = next(filter(_is_plain, others), None)
+    tuned = next(filter(is_plain, others), None)
     if tuned is not None:
         found[tuned.number] = "tuned"
     rest = [trial.number for trial in others if trial is not tuned]
@@ -75,19 +81,10 @@ def _copies(trial: FrozenTrial, other: FrozenTrial | None) -> bool:
     return other is not None and trial.user_attrs["digest"] == other.user_attrs["digest"]
 
 
-def _is_plain(trial: FrozenTrial) -> bool:
-    attrs = trial.user_attrs
-    return bool(attrs["loss"] == "cross_entropy" and attrs["sampler"] == "natural")
-
-
-def confirming(session: Session) -> Iterator[Ticket]:
-    """The rung's tickets, seed by seed, so that all recipes have as many of them at any time."""
-    numbers = sorted(contenders(session))
-    trials = {trial.number: trial for trial in session.trials(TrialState.COMPLETE)}
-    for index in range(session.file.ladder.confirm.seeds):
-        for number in numbers:
-            attrs = {"fidelity": "confirm", "confirms": number, "fold": index}
-            yield trials[number].params, attrs
+def tuned_with(session: Session) -> tuple[int, int]:
+    """Trials of the full rung that trained plain cross-entropy, and all of them, so far."""
+    ended = [t for t in at(session, "full") if t.state.is_finished()]
+    return sum(map(is_plain, ended)), len(ended)
 
 
 def fresh_seed(session: Session, index: int) -> int:
@@ -101,23 +98,35 @@ def fold_of(trial: HasAttributes) -> int | None:
 
 
 def standings(session: Session) -> list[Standing]:
-    """How the recipes stand at the confirm rung, the best first; those without all seeds last.
+    """How the recipes stand at the confirm rung, the best first; with fewer seeds comes later.
+
+    See ``ranked``.
+    """
+    found = entrants(session)
+    return ranked(session, found, plain_of(found))
+
+
+def entrants(session: Session) -> list[Standing]:
+    """The recipes of the confirm rung, each with its trainings so far."""
+    roles = contenders(session)
+    trials = {trial.number: trial for trial in session.trials(TrialState.COMPLETE)}
+    runs: dict[int, list[FrozenTrial]] = {number: [] for number in roles}
+    for trial in session.trials():
+        runs.get(trial.user_attrs.get("confirms", -1), []).append(trial)
+    return [
+        _standing(trials[number], role, filter(lambda t: t.state.is_finished(), runs[number]))
+        for number, role in roles.items()
+    ]
+
+
+def ranked(session: Session, found: Iterable[Standing], plain: Standing | None) -> list[Standing]:
+    """Recipes in order, the best first; those that were trained with fewer seeds come later.
 
     Recipes whose mean keeps the floor come first, by the mean of their objective; then those that
     break it, by how far they do. The mean is over the trainings of the rung and that of the
     search: all are as sure, and that a recipe was picked by one of them makes the mean no worse
     a guide to which is best. It does make it too high, so it is never reported.
     """
-    roles = contenders(session)
-    trials = {trial.number: trial for trial in session.trials(TrialState.COMPLETE)}
-    runs: dict[int, list[FrozenTrial]] = {number: [] for number in roles}
-    for trial in session.trials():
-        runs.get(trial.user_attrs.get("confirms", -1), []).append(trial)
-    found = [
-        _standing(trials[number], role, filter(lambda t: t.state.is_finished(), runs[number]))
-        for number, role in roles.items()
-    ]
-    plain = plain_of(found)
     return sorted(found, key=lambda each: _order(session, each, plain))
 
 
@@ -129,17 +138,17 @@ def plain_of(found: Iterable[Standing]) -> Standing | None:
 def _standing(trial: FrozenTrial, role: Role, ended: Iterable[FrozenTrial]) -> Standing:
     of_rung = list(ended)
     judged = {t.user_attrs["fold"]: t for t in of_rung if is_judged(t)}
-    return Standing(trial, role, judged, len({t.user_attrs["fold"] for t in of_rung}))
+    return Standing(trial, role, judged, frozenset(t.user_attrs["fold"] for t in of_rung))
 
 
 def _order(session: Session, each: Standing, plain: Standing | None) -> tuple[Any, ...]:
-    objective, missing = session.file.objective, len(each.runs) < session.file.ladder.confirm.seeds
+    objective = session.file.objective
     breach = mean_breach(session, each, plain)
     sign = -1 if METRICS[objective.metric] == "maximize" else 1
     kind = "adjusted" if objective.adjusted else "raw"
     balanced = [t.user_attrs["metrics"][kind]["balanced_accuracy"] or 0.0 for t in each.evidence]
     rank = sign * fmean(t.values[0] for t in each.evidence) if breach <= 0 else breach
-    return (missing, breach > 0, rank, -fmean(balanced), each.trial.number)
+    return (-len(each.runs), breach > 0, rank, -fmean(balanced), each.trial.number)
 
 
 def mean_breach(session: Session, each: Standing, plain: Standing | None) -> float:
@@ -154,28 +163,6 @@ def mean_breach(session: Session, each: Standing, plain: Standing | None) -> flo
         breaches.append(session.floor_violation(run.user_attrs["metrics"], other))
     known = [breach for breach in breaches if breach is not None]
     return fmean(known) if known else 0.0
-
-
-def is_decided(session: Session) -> bool:
-    """Whether the rung is over: all recipes were trained with all seeds, or failed to."""
-    return session.file.ladder.confirms and _all_ended(session, standings(session))
-
-
-def _all_ended(session: Session, found: Sequence[Standing]) -> bool:
-    seeds = session.file.ladder.confirm.seeds
-    return bool(found) and all(each.ended >= seeds for each in found)
-
-
-def winner(session: Session) -> FrozenTrial | None:
-    """The trial of the search whose recipe the rung confirmed as the best; None until it is over.
-
-    A recipe that failed with one of the seeds is not the answer; None too when all did.
-    """
-    found = standings(session) if session.file.ladder.confirms else []
-    if not _all_ended(session, found):
-        return None
-    first = found[0]
-    return first.trial if len(first.runs) == session.file.ladder.confirm.seeds else None
 
 
 def against(
@@ -199,21 +186,3 @@ def _ratio(session: Session, name: str) -> float:
     training, validation = attrs["class_counts"], attrs["validation_counts"]
     members = attrs["groups"].get(name.removesuffix("_accuracy"), range(len(training)))
     return fmean(validation[c] / training[c] for c in members if training[c])
-
-
-def confirm_lines(session: Session) -> list[str]:
-    """How far the rung is, and what it says of its best recipe once it is over."""
-    own = [t for t in session.trials() if "confirms" in t.user_attrs]
-    own = [t for t in own if "retry_of" not in t.user_attrs]
-    planned = len(own) or session.file.ladder.trials("confirm", 0)
-    ended = sum(t.state.is_finished() for t in own)
-    lines = [f"confirm {ended} of {'' if own else 'at most '}{planned} trials"]
-    if winner(session) is not None:
-        first = standings(session)[0]
-        values = list(first.objective().values())
-        fresh = f"{fmean(values):.4f} ± {stdev(values):.4f}"
-        lines.append(
-            f"trial {first.trial.number}: {fresh} with {len(values)} fresh seeds, "
-            f"{first.trial.values[0]:.4f} in the search"
-        )
-    return lines

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from tuner.confirm import Standing, against, mean_breach, plain_of, standings, winner
+from tuner.confirm import Role, Standing, against, mean_breach, plain_of, standings, tuned_with
 from tuner.datasets import Data
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import METRICS, evaluate
+from tuner.rounds import winner
 from tuner.session import Session
 from tuner.statistics import RepeatedDifference, holm
 from tuner.trained import trained_lane
 
 Found = dict[str, Any]
+REFERENCES: tuple[Role, ...] = ("plain", "tuned")
 
 
 def confirmation(
@@ -23,10 +25,14 @@ def confirmation(
     """The recipes of the confirm rung, the best first, and what some of them have on test.
 
     Each has its value in the ``search``, its ``values`` by seed, and its differences of
-    ``metrics`` to plain cross-entropy with its defaults; the p-values of one metric are adjusted
-    for there being several recipes (Holm 1979). ``rivals`` are recipes that are not told apart from
-    the first. On the test part only the first and plain cross-entropy are looked at, with every
-    seed. None before the rung is over, and where every recipe failed with some seed.
+    ``metrics`` to plain cross-entropy, with its defaults and tuned; the p-values of one metric are
+    adjusted for there being several recipes (Holm 1979). ``tuned_with`` are the trials that tuned
+    plain cross-entropy, and all of the full rung. A recipe that was ``dropped`` has values
+    of the seeds it was trained with, and no differences: those would be too low on average. It
+    counts as one of the several, with a p-value of 1, so that to drop it only ever takes away a
+    finding. ``rivals`` are recipes with every seed that are not told apart from the first. On the
+    test part only the first and plain cross-entropy are looked at, with every seed. None before
+    the rung is over, and where every recipe failed with some seed.
     """
     if winner(session) is None:
         return None
@@ -37,38 +43,56 @@ def confirmation(
         "seeds": session.file.ladder.confirm.seeds,
         "other_images": data.carved,
         "adjusted": session.file.objective.adjusted,
-        "recipes": _rows(session, found, plain, names),
+        "tuned_with": list(tuned_with(session)),
+        "recipes": _rows(session, found, names),
         "rivals": [
             each.trial.number
             for each in found[1:]
-            if mean_breach(session, each, plain) <= 0 and _is_rival(session, found[0], each)
+            if not _is_dropped(session, each)
+            and mean_breach(session, each, plain) <= 0
+            and _is_rival(session, found[0], each)
         ],
         "test": [] if data.test is None else _on_test(session, found, data, names, device),
     }
 
 
-def _rows(
-    session: Session, found: Sequence[Standing], plain: Standing | None, names: Sequence[str]
-) -> list[Found]:
-    beside = [
-        {} if plain is None or each is plain else against(session, each, plain, names=names)
+def _is_dropped(session: Session, each: Standing) -> bool:
+    """Whether a recipe was not trained with every seed, or failed with one."""
+    return each.role == "recipe" and len(each.runs) < session.file.ladder.confirm.seeds
+
+
+def _rows(session: Session, found: Sequence[Standing], names: Sequence[str]) -> list[Found]:
+    plain, tuned = (next((s for s in found if s.role == role), None) for role in REFERENCES)
+    to_plain, to_tuned = (_beside(session, found, other, names) for other in (plain, tuned))
+    return [
+        _row(session, each, plain)
+        | {"to_plain": to_plain.get(each.trial.number, {})}
+        | {"to_tuned": to_tuned.get(each.trial.number, {})}
         for each in found
     ]
-    adjusted: list[dict[str, float]] = [{} for _ in found]
-    for name in names:
-        having = [index for index, differences in enumerate(beside) if name in differences]
-        p_values = holm([beside[index][name].p_value for index in having])
-        for index, p_value in zip(having, p_values, strict=True):
-            adjusted[index][name] = p_value
-    return [
-        _row(session, each, plain, {k: _difference(v, p[k]) for k, v in differences.items()})
-        for each, differences, p in zip(found, beside, adjusted, strict=True)
+
+
+def _beside(
+    session: Session, found: Sequence[Standing], other: Standing | None, names: Sequence[str]
+) -> dict[int, dict[str, Found]]:
+    """Differences to plain cross-entropy by trial and metric; p-values are for all together."""
+    if other is None:
+        return {}
+    compared = [each for each in found if each is not other and each.role != "plain"]
+    told = [
+        {} if _is_dropped(session, each) else against(session, each, other, names=names)
+        for each in compared
     ]
+    rows: dict[int, dict[str, Found]] = {each.trial.number: {} for each in compared}
+    for name in names:
+        p_values = holm([each[name].p_value if name in each else 1.0 for each in told])
+        for each, differences, p_value in zip(compared, told, p_values, strict=True):
+            if name in differences:
+                rows[each.trial.number][name] = _difference(differences[name], p_value)
+    return rows
 
 
-def _row(
-    session: Session, each: Standing, plain: Standing | None, differences: dict[str, Found]
-) -> Found:
+def _row(session: Session, each: Standing, plain: Standing | None) -> Found:
     attrs, values = each.trial.user_attrs, each.objective()
     return {
         "trial": each.trial.number,
@@ -76,9 +100,9 @@ def _row(
         "loss": attrs["loss"],
         "sampler": attrs["sampler"],
         "search": each.trial.values[0],
-        "values": [values.get(i) for i in range(session.file.ladder.confirm.seeds)],
+        "values": [values.get(index) for index in sorted(each.ended)],
+        "dropped": _is_dropped(session, each),
         "keeps_floor": bool(each.runs) and mean_breach(session, each, plain) <= 0,
-        "to_plain": differences,
     }
 
 
@@ -145,3 +169,8 @@ def amount(metric: str, value: float) -> str:
 def unit(metric: str) -> str:
     """What stands behind ``amount``."""
     return "" if metric == "nll" else " %"
+
+
+def p_value(value: float) -> str:
+    """A p-value to three places: ``p = 0.012``."""
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -23,6 +24,8 @@ LARGEST = 100_000
 FEWEST_PAIRS = 6
 BASELINES = 2
 """Plain cross-entropy at the confirm rung: with its defaults, and tuned."""
+FEWEST_GOING_ON = 2
+"""Recipes that are trained with every seed of the confirm rung, if there are so many."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -63,10 +66,28 @@ class ConfirmRung:
     ``recipes``: how many. Plain cross-entropy is trained beside them, with its defaults and as
     the search tuned it best. ``seeds``: trainings of each; the search's seed is not among them.
     Where validation was carved out of the training part, every seed has other images there.
+    ``keep``: the share of the recipes, the best of them, that goes on after each seed, two at the
+    least (successive halving, Karnin et al. 2013); 1 trains all with every seed. ``plain``: the
+    share of the trials of ``full`` that tune plain cross-entropy, "equal" for as many as each loss
+    has on average (see ``tuner.plain``); 0 for as many as the algorithm happens to propose.
     """
 
-    recipes: Annotated[int, Field(ge=1, le=100)] = 5
+    recipes: Annotated[int, Field(ge=1, le=100)] = 7
     seeds: Annotated[int, Field(ge=2, le=100)] = 4
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    plain: Annotated[float, Field(ge=0, le=0.5)] | Literal["equal"] = "equal"
+
+    def going_on(self, recipes: int) -> int:
+        """How many of so many recipes go on after a seed."""
+        return min(recipes, max(FEWEST_GOING_ON, math.ceil(self.keep * recipes - 1e-9)))
+
+    def most(self) -> int:
+        """Trainings of the rung at most, those of plain cross-entropy among them."""
+        recipes, total = self.recipes, BASELINES * self.seeds
+        for _ in range(self.seeds):
+            total += recipes
+            recipes = self.going_on(recipes)
+        return total
 
 
 def _climbing(rungs: tuple[Rung, ...]) -> tuple[Rung, ...]:
@@ -122,7 +143,7 @@ class Ladder:
     def trials(self, rung: Rung, budget: int) -> int:
         """How many trials a rung has at most, given those of the last one that searches."""
         if rung == "confirm":
-            return (self.confirm.recipes + BASELINES) * self.confirm.seeds
+            return self.confirm.most()
         if rung == self.last:
             return budget
         return self.head.trials if rung == "head" else self.deferred.trials

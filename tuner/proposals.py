@@ -12,7 +12,8 @@ from tuner.climbing import compared
 from tuner.ended import by_number
 from tuner.ladder import Rung, is_judged, rung_of
 from tuner.ledger import View
-from tuner.search import algorithm, cohort_tpe
+from tuner.plain import is_plain
+from tuner.search import STARTUP_TRIALS, algorithm, cohort_tpe
 from tuner.seeding import derive_seed
 from tuner.session import Session
 
@@ -27,16 +28,17 @@ BLIND = 3
 """At the head rung every third proposal is drawn at random: many are made before any is judged."""
 
 
-def proposing(session: Session, rung: Rung, number: int) -> Study:
+def proposing(session: Session, rung: Rung, number: int, *, plain: bool = False) -> Study:
     """The study as the algorithm sees it that proposes trial ``number`` of a rung.
 
     A study that is searched at one rung is seen whole, up to a size. At the head rung many
-    proposals learn from the same trials, until ``forget`` is called.
+    proposals learn from the same trials, until ``forget`` is called. Who tunes ``plain``
+    cross-entropy learns from its trials alone once there are enough of them.
     """
-    study, name = _study(session, rung), session.file.search.algorithm
+    study, name = _study(session, rung, plain=plain), session.file.search.algorithm
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
     if rung != "head":
-        forget(session, rung)
+        _forget(study)
     if rung == "confirm":  # Nothing is left open there.
         study.sampler = algorithm("random", seed)
     elif rung != "head" or name != "tpe":
@@ -51,28 +53,43 @@ def proposing(session: Session, rung: Rung, number: int) -> Study:
 
 def forget(session: Session, rung: Rung) -> None:
     """Read the trials again before the next proposal."""
-    _study(session, rung)._thread_local.cached_all_trials = None
+    _forget(_study(session, rung))
     session.samplers.pop(rung, None)
 
 
-def _study(session: Session, rung: Rung) -> Study:
+def _forget(study: Study) -> None:
+    study._thread_local.cached_all_trials = None
+
+
+def _study(session: Session, rung: Rung, *, plain: bool = False) -> Study:
     if session.file.ladder.rungs == ("full",) and len(session.ended().known) <= MOST[rung]:
         return session.study
-    if rung not in session.views:
-        seen = session.fenced.through(_view(session, rung))
-        session.views[rung] = Study(study_name=session.study.study_name, storage=seen)
-    return session.views[rung]
+    if (rung, plain) not in session.views:
+        seen = session.fenced.through(_view(session, rung, plain))
+        session.views[rung, plain] = Study(study_name=session.study.study_name, storage=seen)
+    return session.views[rung, plain]
 
 
-def _view(session: Session, rung: Rung) -> View:
+def _view(session: Session, rung: Rung, plain: bool) -> View:
     done: dict[int, FrozenTrial] = {}
 
     def view(open_: list[FrozenTrial]) -> list[FrozenTrial]:
-        own = [_as_complete(trial, done) for trial in _learnt_from(session, rung)]
-        own += [trial for trial in open_ if rung_of(trial) == rung]
-        return sorted(_prior(session, rung) + own, key=by_number)
+        alone = plain and sum(map(len, _ended(session, rung, plain=True))) >= STARTUP_TRIALS
+        learnt = _capped(*_ended(session, rung, plain=alone), MOST[rung])
+        own = [_as_complete(trial, done) for trial in learnt]
+        own += [t for t in open_ if rung_of(t) == rung and (is_plain(t) or not alone)]
+        return sorted(own if alone else own + _prior(session, rung), key=by_number)
 
     return view
+
+
+def _ended(
+    session: Session, rung: Rung, *, plain: bool
+) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+    """Ended trials of a rung, only those of ``plain`` cross-entropy if so: ranked, and others."""
+    ended = session.ended()
+    found = ended.of_rung[rung].trials, ended.apart[rung]
+    return (list(filter(is_plain, found[0])), list(filter(is_plain, found[1]))) if plain else found
 
 
 def _as_complete(trial: FrozenTrial, done: dict[int, FrozenTrial]) -> FrozenTrial:
@@ -92,13 +109,11 @@ def _with(trial: FrozenTrial, state: TrialState, value: float | None = None) -> 
     return changed
 
 
-def _learnt_from(session: Session, rung: Rung) -> list[FrozenTrial]:
-    """Ended trials of a rung, at most ``MOST``: the best and an even choice of the others.
+def _capped(ranked: list[FrozenTrial], apart: list[FrozenTrial], most: int) -> list[FrozenTrial]:
+    """Ended trials, at most so many: the best and an even choice of the others.
 
     What a proposal costs grows with the trials it learns from.
     """
-    ended, most = session.ended(), MOST[rung]
-    ranked, apart = ended.of_rung[rung].trials, ended.apart[rung]
     everyone = len(ranked) + len(apart)
     if everyone <= most:
         return ranked + apart

@@ -14,7 +14,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import __version__
-from tuner.confirm import winner
 from tuner.datasets import Data
 from tuner.ended import Ended, Place
 from tuner.engines import make_engine, masked
@@ -27,6 +26,7 @@ from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
 from tuner.pruning import is_at_chance
 from tuner.remote import is_remote
+from tuner.rounds import winner
 from tuner.search import CohortTPESampler
 from tuner.storage import exclusive, lease_seconds, open_storage, opening
 from tuner.stores import Store
@@ -46,7 +46,7 @@ class Session:
     study: Study
     store: Store
     fenced: FencedStorage
-    views: dict[Rung, Study] = field(default_factory=dict, repr=False, compare=False)
+    views: dict[tuple[Rung, bool], Study] = field(default_factory=dict, repr=False, compare=False)
     samplers: dict[Rung, CohortTPESampler] = field(default_factory=dict, repr=False, compare=False)
     _ended: Ended = field(default_factory=Ended, repr=False, compare=False)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import Ticket, climb, ladder_lines, presets
-from tuner.confirm import confirm_lines, confirming
+from tuner.climbing import Ticket, climb, early, ladder_lines, presets
 from tuner.ledger import Lease
+from tuner.plain import shared_out
+from tuner.rounds import confirm_lines, confirming, spare
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 AHEAD = 256
 MAX_BASELINES = 3
 CALMER = 0.3
-KIND = ("fidelity", "rung", "promoted_from", "unseen", "confirms", "fold")
+KIND = ("fidelity", "rung", "promoted_from", "unseen", "plain", "confirms", "fold")
 
 
 def fill_queue(session: Session) -> int:
@@ -29,7 +30,8 @@ def fill_queue(session: Session) -> int:
     or free tickets for the algorithm. The progressive strategy's tickets are due rung by rung.
     At most ``AHEAD`` wait at a time, and none are put while half as many do. Any number of
     workers may call it at once: the tickets are queued only if nobody queued any since the
-    trials were read.
+    trials were read. When none is due before others have ended theirs, whoever asks gets one
+    that is due later in any case.
     """
     while True:
         trials = session.trials()
@@ -51,7 +53,17 @@ def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
     due = _missing(trials, _tickets(session))
     if not due and session.file.ladder.confirms and _is_searched(trials):
         due = _missing(trials, confirming(session))
+    if not due and not waiting and any(t.state == TrialState.RUNNING for t in trials):
+        due = _missing(trials, _meanwhile(session, trials))[:1]
     return due[:room] + _another_baseline(session)
+
+
+def _meanwhile(session: Session, trials: list[FrozenTrial]) -> Iterator[Ticket]:
+    """Tickets that are due later whatever comes of the trials that run, and those before them."""
+    yield _baseline(session)
+    yield from early(session)
+    if session.file.ladder.confirms:
+        yield from spare(session, searched=_is_searched(trials))
 
 
 def _missing(trials: list[FrozenTrial], tickets: Iterable[Ticket]) -> list[Ticket]:
@@ -126,10 +138,14 @@ def _plain_loss(session: Session) -> dict[str, str]:
     return {"loss": "cross_entropy"} if offered else {}
 
 
+def _baseline(session: Session) -> Ticket:
+    return session.file.space.defaults(**_plain_loss(session)), {"baseline": True}
+
+
 def _tickets(session: Session) -> Iterator[Ticket]:
     file = session.file
     space, budget = file.space, file.trials()
-    yield space.defaults(**_plain_loss(session)), {"baseline": True}
+    yield _baseline(session)
     if file.search.algorithm == "grid":
         yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
     elif file.search.strategy == "progressive":
@@ -141,11 +157,11 @@ def _tickets(session: Session) -> Iterator[Ticket]:
 
 
 def _full_tickets(session: Session) -> Iterator[Ticket]:
-    """One published default per loss, the rest free."""
+    """One published default per loss, the rest free but for what plain cross-entropy is due."""
     budget = session.file.trials() - 1
     made = list(presets(session))[:budget]
     yield from made
-    yield from (({}, {}) for _ in range(budget - len(made)))
+    yield from shared_out(session, budget - len(made))
 
 
 def _progressive_tickets(session: Session) -> Iterator[Ticket]:

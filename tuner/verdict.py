@@ -8,11 +8,12 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.confirm import contenders, winner
+from tuner.confirm import contenders
 from tuner.confirmation import confirmation
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import confusion_matrix, evaluate, recall_per_class
+from tuner.rounds import winner
 from tuner.session import Session
 from tuner.statistics import bootstrap_intervals, holm, paired_difference
 from tuner.trained import trained_lane

@@ -31,7 +31,8 @@ from tuner.rungs.turns import Entry, Turns
 from tuner.session import Session
 from tuner.tickets import next_lease
 
-WAIT_SECONDS = 1.0
+SHORTEST_WAIT, WAIT_SECONDS = 0.05, 1.0
+"""Between two looks at an empty queue: first and at last. What ends a rung is often near."""
 SAME_REQUEST = 1.0
 
 OnCohort = Callable[[Sequence[Outcome], float], None]
@@ -158,7 +159,7 @@ def _work(
     on_epoch: OnEpoch,
     tell: _Telling,
 ) -> int:
-    pulse, ended, turns = slot.pulse, 0, Turns(slot)
+    pulse, ended, turns, pause = slot.pulse, 0, Turns(slot), SHORTEST_WAIT
 
     def admit(lease: Lease) -> None:
         outcomes: list[Outcome] = []
@@ -171,10 +172,12 @@ def _work(
                 lease = _next(slot, turns)
                 if lease is not None:
                     admit(lease)
+                    pause = SHORTEST_WAIT
                 elif not turns:
                     if _is_over(slot.session, wait):
                         break
-                    time.sleep(WAIT_SECONDS)
+                    time.sleep(pause)
+                    pause = min(2 * pause, WAIT_SECONDS)
             for entry in turns.go_on():
                 ended += _conclude(slot, entry, tell)
     if pulse.superseded:

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from tuner.confirm import ROLE_NAMES
-from tuner.confirmation import amount, spread, unit
+from tuner.confirmation import amount, p_value, spread, unit
+from tuner.rounds import named
 
 
 def confirmed_table(found: dict[str, Any], metric: str) -> Table:
@@ -21,16 +22,19 @@ def confirmed_table(found: dict[str, Any], metric: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     on_test = {each["trial"]: each["metrics"][metric] for each in found["test"]}
     for row in found["recipes"]:
-        table.add_row(*_cells(row, metric, on_test.get(row["trial"], [])))
+        table.add_row(*_cells(found, row, on_test.get(row["trial"], []), metric))
     return table
 
 
-def _cells(row: dict[str, Any], metric: str, on_test: Sequence[float | None]) -> list[str]:
+def _cells(
+    found: dict[str, Any], row: dict[str, Any], on_test: Sequence[float | None], metric: str
+) -> list[str]:
     name = ROLE_NAMES.get(row["role"], f"{row['loss']}, {row['sampler']}")
     floor = "" if row["keeps_floor"] else " (breaks the floor)"
+    had = f" ({len(row['values'])} of {found['seeds']} seeds)" if row["dropped"] else ""
     difference = row["to_plain"].get(metric)
     return [
-        f"{row['trial']}: {name}{floor}",
+        f"{row['trial']}: {name}{floor}{had}",
         amount(metric, row["search"]),
         spread(metric, row["values"]),
         "" if difference is None else _difference(metric, difference),
@@ -56,5 +60,20 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
         f"{found['seeds']} fresh seeds{images} it has {now}{unit(metric)}."
     )
     if found["rivals"]:
-        names = ", ".join(map(str, found["rivals"]))
-        yield f"The seeds do not tell it from trial{'s' * (len(found['rivals']) > 1)} {names}."
+        yield f"The seeds do not tell it from {named(found['rivals'])}."
+    if any(row["dropped"] for row in found["recipes"]):
+        yield (
+            f"Recipes with fewer than {found['seeds']} seeds were dropped on the way: they stood "
+            "behind, which does not show them to be worse."
+        )
+    tuned, searched = found["tuned_with"]
+    told = first["to_tuned"].get(metric)
+    more = (
+        ""
+        if told is None
+        else (
+            f"; the difference to that is {_difference(metric, told)}{unit(metric) and ' points'}, "
+            f"{p_value(told['p_value'])}"
+        )
+    )
+    yield f"Plain cross-entropy was tuned with {tuned} of {searched} trials{more}."

@@ -11,6 +11,7 @@ from tuner.report.data import ConfirmedData, ConfirmedRecipe, Difference, Repeat
 from tuner.report.drawing import BLUE, GREY, ORANGE, add_points, axis_title, new_figure, scaled
 from tuner.report.markup import Html, element, plot, table
 from tuner.report.words import amount, count, in_figure, label, p_value, size
+from tuner.rounds import named
 
 HEADS = ("recipe", "in the search", "with fresh seeds", "to plain cross-entropy", "p-value", "test")
 
@@ -20,14 +21,14 @@ def confirmed(found: ConfirmedData | None) -> Iterator[Html]:
     if found is None:
         return
     yield element("h2", "Confirmed")
-    yield element("p", shrinkage(found))
+    yield element("p", f"{shrinkage(found)} {tuned(found)}")
     images = " and on other validation images" if found.other_images else ""
     adjusted = ", all with logit adjustment" if found.adjusted else ""
     name = f"{label(found.metric).capitalize()}{adjusted}"
     yield table(
         f"{name}: what each recipe was picked for, and mean ± standard deviation with "
         f"{found.seeds} fresh seeds{images}. The best recipe is chosen by all of these; plain "
-        "cross-entropy and the best one are then looked at on the test part.",
+        f"cross-entropy and the best one are then looked at on the test part.{_why_fewer(found)}",
         HEADS,
         [_row(found, recipe) for recipe in found.recipes],
     )
@@ -44,11 +45,29 @@ def shrinkage(found: ConfirmedData) -> str:
         f"Trial {first.trial} had a {label(metric)} of {seen} in the search. "
         f"With fresh seeds{images} the same recipe has {spread(metric, first.fresh)}."
     )
-    if not found.rivals:
-        return f"{text} These trainings tell it from every other that keeps the floor."
-    names = ", ".join(map(str, found.rivals))
-    noun = "trial" if len(found.rivals) == 1 else "trials"
-    return f"{text} These trainings do not tell it from {noun} {names}."
+    if found.rivals:
+        return f"{text} These trainings do not tell it from {named(found.rivals)}."
+    every = " with every seed" if any(recipe.dropped for recipe in found.recipes) else ""
+    return f"{text} These trainings tell it from every other{every} that keeps the floor."
+
+
+def tuned(found: ConfirmedData) -> str:
+    """How plain cross-entropy was tuned, and what the best recipe has beyond that."""
+    (own, trials), told = found.tuned_with, found.recipes[0].to_tuned
+    text = f"Plain cross-entropy was tuned with {own:,} of {count(trials, 'trial')}"
+    if told is None:
+        return f"{text}."
+    return f"{text}; the difference to that is {_gain(found.metric, told)}, {p_value(told)}."
+
+
+def _why_fewer(found: ConfirmedData) -> str:
+    """What a recipe with fewer seeds than the others says."""
+    if not any(recipe.dropped for recipe in found.recipes):
+        return ""
+    return (
+        " A recipe with fewer seeds was dropped on the way: it stood behind, which does not show "
+        "it to be worse."
+    )
 
 
 def spread(metric: str, found: Repeated) -> str:
@@ -69,9 +88,11 @@ def name_of(recipe: ConfirmedRecipe) -> str:
 def _row(found: ConfirmedData, recipe: ConfirmedRecipe) -> list[object]:
     metric, told = found.metric, recipe.to_plain
     floor = "" if recipe.keeps_floor else " (breaks the floor)"
+    had = len(recipe.fresh.values) + recipe.fresh.failed
+    dropped = f" (dropped after {had} of {count(found.seeds, 'seed')})" if recipe.dropped else ""
     beside = "" if told is None else _gain(metric, told)
     return [
-        f"{name_of(recipe)}{floor}",
+        f"{name_of(recipe)}{floor}{dropped}",
         amount(metric, recipe.search),
         _number(spread(metric, recipe.fresh)),
         element("span", beside, class_=None if told is None else told.outcome),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from tuner.confirmation import p_value as shown
 from tuner.report.data import Difference, Estimate
 
 UNIT = "\N{NO-BREAK SPACE}%"
@@ -77,9 +78,7 @@ def difference(metric: str, found: Difference | None, part: str) -> str:
 
 def p_value(found: Difference | None) -> str:
     """The p-value to three places: ``p = 0.012``."""
-    if found is None:
-        return ""
-    return "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    return "" if found is None else shown(found.p_value)
 
 
 def duration(seconds: float) -> str:

@@ -40,7 +40,8 @@ class Attempt:
     @cached_property
     def trial(self) -> Trial:
         """Optuna's trial; the algorithm begins to propose when it is asked for."""
-        study = proposing(self.session, rung_of(self), self.number)
+        plain = "plain" in self.user_attrs
+        study = proposing(self.session, rung_of(self), self.number, plain=plain)
         return Trial(study, self.lease.trial_id)
 
     @property

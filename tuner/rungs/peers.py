@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.ended import fresh
 from tuner.ladder import Rung, is_judged, rung_of
+from tuner.plain import is_plain
 from tuner.pruning import Curve, Curves
 from tuner.session import Session
 
@@ -16,11 +19,15 @@ class Peers:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.seen: set[int] = set()
-        self.curves: dict[Rung, Curves] = {}
+        self.curves: dict[tuple[Rung, bool], Curves] = defaultdict(Curves)
         self.had_baseline = False
 
-    def now(self, rung: Rung) -> Curves:
-        """The curves there are at this moment of trials of a rung."""
+    def now(self, rung: Rung, *, plain: bool = False) -> Curves:
+        """The curves there are at this moment of trials of a rung.
+
+        Those that tune ``plain`` cross-entropy compete with each other alone: beside losses made
+        for the tail most would be given up, the better ones too.
+        """
         if not self.had_baseline and self.session.baseline() is not None:
             # Without a baseline there was no floor to break.
             self.had_baseline = True
@@ -32,8 +39,9 @@ class Peers:
             self.seen.add(trial.number)
             curve = self._curve(trial)
             if curve is not None:
-                self.curves.setdefault(rung_of(trial), Curves()).add(curve)
-        return self.curves.setdefault(rung, Curves())
+                for only_plain in (False, True) if is_plain(trial) else (False,):
+                    self.curves[rung_of(trial), only_plain].add(curve)
+        return self.curves[rung, plain]
 
     def _curve(self, trial: FrozenTrial) -> Curve | None:
         attrs = trial.user_attrs

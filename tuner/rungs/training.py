@@ -272,9 +272,8 @@ class Training:
             settled=self.recipe.settled(),
             complete=False,
         )
-        return is_behind(
-            own, self.peers.now(rung_of(self.attempt)), images=images, after=search.prune_after
-        )
+        peers = self.peers.now(rung_of(self.attempt), plain="plain" in self.attempt.user_attrs)
+        return is_behind(own, peers, images=images, after=search.prune_after)
 
 
 def metrics_of(assessment: Assessment) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Repeated:
 class ConfirmedRecipe:
     """A recipe at the confirm rung; ``search`` is what it was picked for.
 
-    ``role`` tells plain cross-entropy, with its defaults and tuned, from other recipes.
+    ``role`` tells plain cross-entropy, with its defaults and tuned, from other recipes. One that
+    was ``dropped`` has no difference to either, and fewer ``fresh`` values than there are seeds.
     ``test`` are the values of its models on the test part, for those that were looked at there.
     """
 
@@ -49,17 +50,23 @@ class ConfirmedRecipe:
     fresh: Repeated
     test: Repeated | None
     keeps_floor: bool
+    dropped: bool
     to_plain: Difference | None
+    to_tuned: Difference | None
 
 
 @dataclass(frozen=True)
 class ConfirmedData:
-    """The recipes that were confirmed, the best first; ``rivals`` are not told apart from it."""
+    """The recipes that were confirmed, the best first; ``rivals`` are not told apart from it.
+
+    ``tuned_with`` are the trials that tuned plain cross-entropy, and all of the full rung.
+    """
 
     metric: str
     seeds: int
     other_images: bool
     adjusted: bool
+    tuned_with: tuple[int, int]
     recipes: tuple[ConfirmedRecipe, ...]
     rivals: tuple[int, ...]
 
@@ -77,6 +84,7 @@ def confirmed_data(session: Session) -> ConfirmedData | None:
         seeds=found["seeds"],
         other_images=found["other_images"],
         adjusted=found["adjusted"],
+        tuned_with=tuple(found["tuned_with"]),
         recipes=tuple(_recipe(row, metric, test.get(row["trial"])) for row in found["recipes"]),
         rivals=tuple(found["rivals"]),
     )
@@ -97,7 +105,9 @@ def _recipe(row: dict[str, Any], metric: str, test: Repeated | None) -> Confirme
         fresh=_repeated(row["values"]),
         test=test,
         keeps_floor=row["keeps_floor"],
+        dropped=row["dropped"],
         to_plain=_difference(metric, row["to_plain"].get(metric)),
+        to_tuned=_difference(metric, row["to_tuned"].get(metric)),
     )
 
 
