@@ -21,6 +21,7 @@ from tuner.evaluation import assess_validation
 from tuner.export import export
 from tuner.heads import HeadResult, train_heads
 from tuner.ladder import rung_of
+from tuner.pulse import facts
 from tuner.rungs import head
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.session import Session
@@ -107,6 +108,18 @@ def test_at_most_as_many_as_the_slot_has_lanes_are_taken(ready: Session, digits:
     _, outcomes = cohort(ready, digits, lanes=5)
     assert len(outcomes) == 5
     assert len(ready.trials(TrialState.WAITING)) == 19
+
+
+def test_workers_share_the_rung_evenly_so_that_all_end_together(
+    ready: Session, digits: Data
+) -> None:
+    for name in ("one", "two", "three"):
+        ready.ledger.register(name, facts("cpu"))
+    sizes = [len(cohort(ready, digits)[1]) for _ in range(2)]
+    assert sizes == [8, 6], "a third of 24, and of the 16 left"
+    for name in ("two", "three"):
+        ready.ledger.leave((name, 1))
+    assert len(cohort(ready, digits)[1]) == 10
 
 
 def test_results_do_not_depend_on_the_company(make_session: MakeSession, digits: Data) -> None:

@@ -11,6 +11,7 @@ be bought with everything else, by both sides alike: the other accuracies show i
 count for nobody; making the study, probes, the baseline and features do.
 
     python tests/benchmarks/search.py --data FOLDER --keep search.json    # 25 minutes
+    python tests/benchmarks/search.py --data FOLDER --sides --searches 1    # Tuner alone
 
 The ordinary side is read from ``--keep`` where it was measured with the same settings before.
 """
@@ -33,7 +34,7 @@ import optuna
 import tomli_w
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from search_report import Found, print_curve, print_verdict
-from search_sides import CONFIRMED, Moments, Setting, confirm, enter, search
+from search_sides import CONFIRMED, Moments, Setting, confirm, enter, first_imports, search
 from trainer import MODELS
 from trainer_contenders import BATCH, optuna_study
 
@@ -249,10 +250,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--ratio", type=float, default=100.0)
     parser.add_argument("--trials", type=int, default=100, help="of an ordinary search")
-    parser.add_argument("--sides", nargs="+", default=["ordinary", "tuned"])
-    parser.add_argument("--head", type=int, default=1000, help="trials of Tuner's head rung")
+    parser.add_argument("--sides", nargs="*", default=["ordinary", "tuned"])
+    parser.add_argument("--head", type=int, default=400, help="trials of Tuner's head rung")
     parser.add_argument("--full", type=int, default=40, help="trials of Tuner's full rung")
-    parser.add_argument("--recipes", type=int, default=5, help="that Tuner confirms, 0 for none")
+    parser.add_argument("--recipes", type=int, default=7, help="that Tuner confirms, 0 for none")
     parser.add_argument("--again", type=int, default=4, help="seeds that Tuner confirms them with")
     parser.add_argument("--searches", type=int, default=3, help="of Tuner, with seeds of their own")
     parser.add_argument("--seeds", type=int, default=3, help="to confirm a recipe")
@@ -264,6 +265,7 @@ def main() -> None:
     """Search, confirm, keep and print."""
     options, began = arguments(), time.monotonic()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    first_imports()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         found: list[Found] = []

@@ -66,9 +66,16 @@ class _Here:
 _here: list[_Here] = []
 
 
+def first_imports() -> None:
+    """Load what the first storage and the first optimizer of a process load."""
+    optuna.storages.RDBStorage("sqlite://")
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], fused=True)
+
+
 def enter(setting: Setting, barrier: Any) -> None:
     """Load everything; the first thing a process does."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    first_imports()
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     file = load_study(setting.study)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tuner import artifacts
 from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
 from tuner.heads import HeadResult, train_heads
+from tuner.ladder import rung_of
 from tuner.ledger import LeaseLostError
 from tuner.metrics import METRICS
 from tuner.proposals import forget
@@ -43,7 +44,7 @@ def run_cohort(
     """
     found = _backbone(slot)
     session, pulse = slot.session, slot.pulse
-    leases = session.ledger.claim_alike(pulse.worker, "head", slot.lanes - 1)
+    leases = session.ledger.claim_alike(pulse.worker, "head", _share(slot) - 1)
     others = [Attempt(session, lease, pulse) for lease in leases]
     pulse.hold(*leases)
     try:
@@ -63,6 +64,16 @@ def run_cohort(
     free(slot.device)
     log.warning("out of memory; now %d classifiers at once", slot.lanes)
     return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
+
+
+def _share(slot: Slot) -> int:
+    """Trials to train at once, one of them claimed already, so that all workers end together."""
+    session = slot.session
+    own = [trial for trial in session.trials() if rung_of(trial) == "head"]
+    waiting = sum(trial.state == TrialState.WAITING for trial in own)
+    planned = session.file.ladder.trials("head", session.file.trials())
+    left = 1 + waiting + max(0, planned - len(own))
+    return min(slot.lanes, -(-left // max(1, len(session.ledger.alive()))))
 
 
 def _backbone(slot: Slot) -> Backbone:
