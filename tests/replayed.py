@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor
 
+from tuner.lane import Lane
 from tuner.seeding import seeded
+from tuner.stacks import Stacks
+from tuner.steps import Execution, PlainSteps, SeatedSteps, Steps
 
 
 class Late:
@@ -35,6 +40,9 @@ class HostGraphs:
 
     def work(self) -> Any:
         return nullcontext()
+
+    def join(self) -> None:
+        pass
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -61,3 +69,31 @@ class HostGraphs:
 
     def random_state(self) -> dict[str, Tensor]:
         return {"host": self.random}
+
+
+@dataclass
+class Replaying:
+    """What executed the steps of each training, and the stacks in which they found seats."""
+
+    made: list[SeatedSteps]
+    stacks: Stacks
+
+    @classmethod
+    def by(cls, patch: pytest.MonkeyPatch) -> Self:
+        """Let the processor execute graphs, all trainings with seats in the same stacks."""
+        found = cls([], Stacks(lambda _: HostGraphs()))
+
+        def steps(lane: Lane, execution: Execution, own: Stacks | None, seats: int) -> Steps:
+            if execution == "plain":
+                return PlainSteps(lane)
+            found.made.append(SeatedSteps(lane, own or found.stacks, seats))
+            return found.made[-1]
+
+        patch.setattr("tuner.trainer.steps_of", steps)
+        return found
+
+    @property
+    def recorded(self) -> int:
+        """How often a step was recorded in the stacks that are left."""
+        devices = [stack.device for stack in self.stacks.stacks]
+        return sum(device.recorded for device in devices if isinstance(device, HostGraphs))

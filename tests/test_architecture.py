@@ -24,6 +24,7 @@ training entries pruning compiled posthoc rows
 recipe
 lane_state
 lane loaded describe space evaluation sections
+stacks
 steps
 heads contest
 ladder

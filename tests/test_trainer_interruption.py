@@ -20,7 +20,7 @@ from tuner.datasets import Data, StreamedImages
 from tuner.errors import TunerError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
-from tuner.steps import _graph
+from tuner.steps import _seated
 from tuner.trainer import EpochResult, Interrupted, epochs
 
 
@@ -237,7 +237,7 @@ def test_training_on_the_gpu_goes_on_with_its_own_dropout(
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(_graph, "CHUNK", 1)
+    monkeypatch.setattr(_seated, "CHUNK", 1)
     which, data = recipe(**VARIED["dropout"]), digits.to("cuda")
     whole = list(epochs(which, data, device="cuda"))
     _, interruption = stopped(which, data, 3, device="cuda")

@@ -102,7 +102,7 @@ def _run(
         return _copy(attempt, known)
     while True:
         beside, micro_batch = slot.beside, slot.micro_batch
-        training = Training(attempt, recipe, data, slot, way.execution)
+        training = Training(attempt, recipe, data, slot, way)
         try:
             done = yield from training.run(stop, on_epoch)
         except NonFiniteError as error:
@@ -114,6 +114,7 @@ def _run(
         else:
             return _conclude(attempt, training, done)
         del training
+        slot.stacks.free()
         free(slot.device)
         if beside() > 1:
             return _make_room(slot, attempt)
