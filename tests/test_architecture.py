@@ -20,7 +20,7 @@ errors __init__
 registry stores alone pools placing
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules strengths statistics
-training entries pruning compiled posthoc rows
+training entries pruning compiled posthoc rows twins
 recipe
 lane_state
 lane loaded describe space evaluation sections

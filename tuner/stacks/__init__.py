@@ -7,6 +7,7 @@ from tuner.stacks._kind import Kind, kind_of
 from tuner.stacks._recorded import CHUNK, Chunk
 from tuner.stacks._stack import Stack
 from tuner.stacks._stacks import Stacks
+from tuner.stacks._together import is_groupable
 
 __all__ = [
     "CHUNK",
@@ -18,5 +19,6 @@ __all__ = [
     "Stack",
     "Stacks",
     "Uncapturable",
+    "is_groupable",
     "kind_of",
 ]

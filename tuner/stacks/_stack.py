@@ -15,6 +15,7 @@ from tuner.stacks._networks import Alone, Network, pattern_of
 from tuner.stacks._optimizers import row_optimizer
 from tuner.stacks._recorded import Chunk, Recorded
 from tuner.stacks._state import State
+from tuner.stacks._together import Together
 
 
 class Stack:
@@ -42,7 +43,11 @@ class Stack:
             if kind.loss is None
             else ModuleLoss(lane.loss)
         )
-        self.network: Network = Alone(self.pattern, self.state)
+        self.network: Network = (
+            Alone(self.pattern, self.state)
+            if seats == 1
+            else Together(self.pattern, self.state, seats)
+        )
         self.totals = torch.zeros(seats, dtype=torch.float64, device=lane.device)
         self.lanes: dict[int, Lane] = {}
         self.asking: dict[int, Chunk] = {}

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from tuner.lane import Lane
 from tuner.seeding import derive_seed, generator
-from tuner.stacks import CHUNK, Chunk, Mark, Stack, Stacks, Uncapturable, kind_of
+from tuner.stacks import (
+    CHUNK,
+    Chunk,
+    Mark,
+    Stack,
+    Stacks,
+    Uncapturable,
+    is_groupable,
+    kind_of,
+)
 from tuner.steps._plain import PlainSteps
 
 AHEAD = 2
@@ -74,7 +83,8 @@ class SeatedSteps:
             if self.stack is not None and self.stack.kind != kind:
                 self.close()
             if self.stack is None:
-                self.stack, self.seat = self.stacks.take(self.lane, kind, self.seats)
+                seats = self.seats if self.seats > 1 and is_groupable(self.lane, kind) else 1
+                self.stack, self.seat = self.stacks.take(self.lane, kind, seats)
                 self.steps = self._steps_so_far()
             self.stack.begin(self.seat, sizes, self.total)
         except Uncapturable as reason:

@@ -1,0 +1,115 @@
+"""All seats' models as their twin, and which lanes may be trained so."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from tuner.augment import Augmenter, Drawn, StandardAugmenter
+from tuner.lane import Lane
+from tuner.stacks._kind import Kind
+from tuner.stacks._optimizers import into
+from tuner.stacks._places import Layout
+from tuner.stacks._state import State
+from tuner.twins import NoTwinError, check, twin_of
+
+log = logging.getLogger(__name__)
+
+_reasons: dict[tuple[object, ...], str | None] = {}
+
+
+def is_groupable(lane: Lane, kind: Kind) -> bool:
+    """Whether lanes of this kind may share a twin: only their weights and numbers differ."""
+    reason = _reason(lane, kind)
+    if reason is not None:
+        log.debug("%s is not trained in groups: %s", kind.model, reason)
+    return reason is None
+
+
+def _reason(lane: Lane, kind: Kind) -> str | None:
+    if kind.loss is not None:
+        return "its loss is computed by its own module"
+    if type(lane.augment) not in (Augmenter, StandardAugmenter):
+        return "its augmentation may not treat image by image"
+    key = (kind.model, lane.data.image_shape, lane.data.num_classes, kind.modes)
+    if key not in _reasons:
+        try:
+            check(lane.model, lane.data.image_shape)
+            _reasons[key] = None
+        except NoTwinError as error:
+            _reasons[key] = str(error)
+    return _reasons[key]
+
+
+class Working:
+    """Whole tensors (K, *shape) for a twin, copied from the places of rows (K, N)."""
+
+    def __init__(self, layout: Layout, rows: Tensor) -> None:
+        self.rows, self.layout = rows, layout
+        self.sizes = [size for size in layout.sizes() if size]
+        self.parts = [rows.new_zeros(len(rows), size) for size in self.sizes]
+        whole = iter(self.parts)
+        self.tensors: dict[str, Tensor] = {}
+        for place, gap in zip(layout.places, layout.sizes()[1::2], strict=True):
+            self.tensors[place.name] = place.shaped(next(whole))
+            if gap:
+                next(whole)
+
+    def refresh(self) -> None:
+        """Copy what the rows have now; on a GPU in one operation."""
+        if self.parts:
+            torch.split_with_sizes_copy(self.rows, self.sizes, dim=1, out=self.parts)
+
+
+class Together:
+    """The twin of all seats' models; see ``Network``.
+
+    It works on copies of the rows: grouped convolutions want the weights of all models side by
+    side, and what does not take part in a step must stay as it is.
+    """
+
+    def __init__(self, pattern: Lane, state: State, seats: int) -> None:
+        self.pattern, self.state, self.seats = pattern, state, seats
+        self.twin = twin_of(pattern.model, seats)
+        self.trained = Working(state.trained, state.weights)
+        self.beside = Working(state.beside, state.kept)
+        self.weights = [self.twin.get_parameter(place.name) for place in state.trained.places]
+        known = self.trained.tensors | self.beside.tensors
+        for name, parameter in self.twin.named_parameters():
+            parameter.data = known[name]
+        for name, _ in list(self.twin.named_buffers()):
+            if name in known:
+                path, _, leaf = name.rpartition(".")
+                setattr(self.twin.get_submodule(path), leaf, known[name])
+        paths = [place.name.rpartition(".")[0] for place in state.counted.places]
+        self.moved = state.counts.new_zeros(1, state.counted.width, dtype=torch.bool)
+        for place, path in zip(state.counted.places, paths, strict=True):
+            self.moved[0, place.start] = self.twin.get_submodule(path).training
+        self.moves = bool(self.moved.any())
+
+    def inputs(self, indices: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """See ``Network``; images (B, K·c, H, W), and hard targets."""
+        flat = {name: rows.permute(1, 2, 0).flatten(1) for name, rows in drawn.items()}
+        images, _ = self.pattern.inputs(indices.t().flatten(), targets.t().flatten(), flat)
+        return images.reshape(indices.shape[1], -1, *images.shape[2:]), targets
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """See ``Network``."""
+        with torch.no_grad():
+            self.trained.refresh()
+            self.beside.refresh()
+        return self.pattern.forward(inputs, self.twin)
+
+    def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """See ``Network``."""
+        found = torch.autograd.grad(logits, self.weights, gradient)
+        return self.state.trained.joined(found, self.seats)
+
+    def settle(self, active: Tensor | None) -> None:
+        """See ``Network``."""
+        if self.moves:
+            new = self.state.beside.joined(list(self.beside.tensors.values()), self.seats)
+            into(self.state.kept, new, active)
+            self.state.counts.add_(self.moved if active is None else self.moved & active)
