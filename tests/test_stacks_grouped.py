@@ -25,6 +25,7 @@ from tuner.trainer import EpochResult, epochs, epochs_in_turns
 SEATS = 4
 GROUPED: dict[str, Any] = {"execution": "grouped", "seats": SEATS}
 SHORT: dict[str, Any] = {"length": 2, "training": {"batch_size": 64}}
+SPARING = {"name": "equalization", "threshold": 0.1}
 SIGMOID = {"name": "class_balanced", "base": "sigmoid"}
 CNN: dict[str, Any] = {"model": {"name": "small_cnn"}, **SHORT}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "resnet": {"model": {"name": "resnet20"}, **SHORT},
 }
 MIXED: list[dict[str, Any]] = [
-    {"loss": {"name": "equalization"}, "sampler": {"name": "class_aware", "exponent": 1.0}},
+    {"loss": SPARING, "sampler": {"name": "class_aware", "exponent": 1.0}},
     {"loss": {"name": "fnr_adaptive"}, "optimizer": {"name": "sgd", "lr": 0.02}},
     {"loss": SIGMOID, "optimizer": {"name": "sgd", "momentum": 0.5, "nesterov": True}},
     {"loss": {"name": "label_smoothing"}, "length": 3},

@@ -49,7 +49,7 @@ VARIED: dict[str, dict[str, Any]] = {
         "model": {"name": "small_cnn"},
         "loss": {"name": "ldam", "start": 0.5},
     },
-    "equalization": {"loss": {"name": "equalization"}},
+    "equalization": {"loss": {"name": "equalization", "threshold": 0.1}},
     "dropout": {"model": {"name": "mlp", "dropout": 0.3}},
 }
 

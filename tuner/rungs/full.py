@@ -128,10 +128,10 @@ def _way(slot: Slot, recipe: Recipe) -> Speed:
         name = torch.cuda.get_device_name(slot.device).replace(" ", "-")
         with contextlib.suppress(StoreError):
             fetch(slot.session.store, name)
-            found = chosen(recipe, slot.data, slot.device)
+            found = chosen(recipe, slot.data, slot.device, slot.most)
             keep(slot.session.store, name)
             return found
-    return chosen(recipe, slot.data, slot.device)
+    return chosen(recipe, slot.data, slot.device, slot.most)
 
 
 def _make_room(slot: Slot, attempt: Attempt) -> Outcome:

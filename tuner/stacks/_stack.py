@@ -127,9 +127,10 @@ class Stack:
 
     def _launch(self) -> None:
         """Launch all that was asked for; steps with as many images go together."""
-        asking, self.asking = self.asking, {}
-        for size in sorted({chunk.indices.shape[1] for chunk in asking.values()}, reverse=True):
-            alike = {s: chunk for s, chunk in asking.items() if chunk.indices.shape[1] == size}
+        sizes = {chunk.indices.shape[1] for chunk in self.asking.values()}
+        for size in sorted(sizes, reverse=True):
+            alike = {s: c for s, c in self.asking.items() if c.indices.shape[1] == size}
+            # Where that fails, the lanes go on asking.
             recorded = self._recorded(size)
             with self.device.work():
                 recorded.fill(alike)
@@ -138,8 +139,9 @@ class Stack:
                 self._note(recorded, alike)
                 mark = self.device.mark()
             self.flight.append(mark)
-            for chunk in alike.values():
+            for seat, chunk in alike.items():
                 chunk.mark = mark
+                del self.asking[seat]
 
     def _note(self, recorded: Recorded, chunks: dict[int, Chunk]) -> None:
         """Indices and losses of the chunk just launched, for samplers that ask for them."""
