@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuner.lane import Lane
 from tuner.seeding import seeded
-from tuner.stacks import Stacks
+from tuner.stacks import CudaGraphs, Stacks
 from tuner.steps import Execution, PlainSteps, SeatedSteps, Steps
 
 
@@ -86,7 +86,8 @@ class Replaying:
         def steps(lane: Lane, execution: Execution, own: Stacks | None, seats: int) -> Steps:
             if execution == "plain":
                 return PlainSteps(lane)
-            found.made.append(SeatedSteps(lane, own or found.stacks, seats))
+            stacks = found.stacks if own is None or own.device is CudaGraphs else own
+            found.made.append(SeatedSteps(lane, stacks, seats))
             return found.made[-1]
 
         patch.setattr("tuner.trainer.steps_of", steps)

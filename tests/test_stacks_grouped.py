@@ -14,12 +14,13 @@ from replayed import HostGraphs, Replaying
 from test_trainer_interruption import stopped, through_a_file
 from trainer_cases import VARIED, Trained, recipe, trained
 
+from tuner.backends import speeds
 from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.stacks import Stacks
-from tuner.steps import _seated
+from tuner.steps import _seated, steps_of
 from tuner.trainer import EpochResult, epochs, epochs_in_turns
 
 SEATS = 4
@@ -190,3 +191,97 @@ def test_mixing_that_ends_takes_its_lane_into_the_group(digits: Data, replaying:
         assert stack is not None
         taken.append(stack.seats)
     assert taken == [1, 1, SEATS, SEATS]
+
+
+@pytest.fixture(scope="module")
+def on_device(digits: Data) -> Data:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return digits.to("cuda")
+
+
+ON_GPU: dict[str, Any] = {"device": "cuda", **GROUPED}
+HALF: dict[str, Any] = {**CNN, "training": {"batch_size": 64, "precision": "bfloat16"}}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exactly")
+@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+def test_twin_on_a_gpu_trains_what_single_steps_train(
+    parts: dict[str, Any], on_device: Data
+) -> None:
+    which, own = recipe(**parts), Stacks()
+    plainly = trained(which, on_device, device="cuda", execution="plain")
+    plainly.ends_near(list(epochs(which, on_device, stacks=own, **ON_GPU)), 1e-8)
+    assert {stack.seats for stack in own.stacks} == {SEATS}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [{}, CNN, HALF], ids=["mlp", "cnn", "cnn in bfloat16"])
+def test_lane_on_a_gpu_ends_alike_in_every_seat_beside_anybody(
+    parts: dict[str, Any], on_device: Data
+) -> None:
+    which = recipe(**parts)
+    wild = recipe(**parts, optimizer={"name": "sgd", "lr": 1e30})
+    others = [recipe(**parts, loss=loss) for loss in (SPARING, SIGMOID, {"name": "focal"})]
+    expected = trained(which, on_device, **ON_GPU)
+    order = [which, *others, which, wild, which, which]
+    for place, results in enumerate(in_company(order, on_device, stacks=Stacks(), **ON_GPU)):
+        assert order[place] is not which or expected.ends_as(results), place
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seats", [1, SEATS])
+def test_seats_on_a_gpu_are_overwritten_and_nothing_is_captured_anew(
+    seats: int, on_device: Data
+) -> None:
+    options, own = {**ON_GPU, "seats": seats}, Stacks()
+    recipes = [recipe(**CNN, loss=loss) for loss in ({"name": "focal"}, {"name": "ldam"}, SIGMOID)]
+    recipes = [r for r in recipes if r.loss.head == "linear"]
+    for which in recipes:
+        trained(which, on_device, stacks=own, **options)
+    (stack,) = own.stacks
+    graphs, memory = list(stack.recorded.values()), torch.cuda.memory_allocated()
+    for which in recipes * 3:
+        expected = trained(which, on_device, stacks=Stacks(), **options)
+        assert expected.ends_as(list(epochs(which, on_device, stacks=own, **options)))
+    assert list(stack.recorded.values()) == graphs
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= memory + 2**20
+
+
+@pytest.mark.gpu
+def test_lane_of_a_group_on_a_gpu_goes_on_where_it_was_stopped(
+    on_device: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_seated, "CHUNK", 2)
+    which = recipe(**VARIED["batch norm and cosine head"])
+    whole = trained(which, on_device, **ON_GPU)
+    for asked in (1, 5, 9):
+        _, interruption = stopped(which, on_device, asked, **ON_GPU)
+        snapshot = through_a_file(interruption.snapshot, tmp_path)
+        rest = list(epochs(which, on_device, resume=snapshot, **ON_GPU))
+        assert whole.ends_as(rest), f"stopped in epoch {interruption.epoch}"
+
+
+@pytest.mark.gpu
+def test_chunk_of_a_group_makes_nobody_wait(on_device: Data) -> None:
+    lane = Lane(recipe(**CNN), on_device, "cuda")
+    steps = steps_of(lane, "grouped", Stacks(), SEATS)
+    lane.begin_epoch()
+    batches = lane.plan()
+    list(steps.run(batches, 0, None))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(steps.run(batches, 0, None))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_probe_measures_groups(
+    on_device: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path))
+    measured = speeds(recipe(**CNN), on_device, "cuda")
+    assert {(s.execution, s.lanes) for s in measured} >= {("grouped", 8), ("graph", 8)}

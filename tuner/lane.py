@@ -18,7 +18,7 @@ from tuner.datasets import Data, Images, ResidentImages
 from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
-from tuner.optim import for_device, set_rate
+from tuner.optim import for_device
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import batches_of, for_each_stage
@@ -182,7 +182,7 @@ class Lane:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
         targets = self.train_targets[indices.to(self.device)]
         for group, rate in zip(self.optimizer.param_groups, self.rates(share), strict=True):
-            set_rate(group, rate)
+            group["lr"] = rate
         if images is not None:
             images = images.to(self.device, non_blocking=True)
             inputs, soft = self.augment(images, targets, self.generator, self.progress)

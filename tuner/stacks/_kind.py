@@ -79,6 +79,9 @@ def _of_optimizer(lane: Lane) -> tuple[object, ...]:
 def _of_loss(lane: Lane, *, hard: bool) -> tuple[object, ...] | None:
     if hard and row_of(lane.loss) is not None:
         return None
-    recipe = lane.recipe
-    component = recipe.training.losses(recipe.loss)[lane.stage]
-    return type(lane.loss), repr(component), numbers_of(lane.loss)
+    return type(lane.loss), repr(loss_of(lane)), numbers_of(lane.loss)
+
+
+def loss_of(lane: Lane) -> Any:
+    """The component of the loss of the stage at hand."""
+    return lane.recipe.training.losses(lane.recipe.loss)[lane.stage]

@@ -23,8 +23,11 @@ class SeatLosses(Protocol):
     parts: frozenset[str]
     """What lanes so far needed; a step is recorded for these."""
 
-    def admit(self, loss: Loss, seat: int) -> None:
-        """Overwrite a seat by a loss as it acts now, and let the loss work on its state there."""
+    def admit(self, loss: Loss, here: Loss, seat: int) -> None:
+        """Overwrite a seat by a loss as it acts now, and let the loss work on its state there.
+
+        ``here`` is the same loss on the processor, where nobody has to wait for its numbers.
+        """
 
     def part(self, loss: Loss) -> None:
         """Give a loss its state in tensors of its own."""
@@ -60,9 +63,9 @@ class RowLosses:
         self.classes = torch.arange(classes, device=device)[:, None]
         self.parts: frozenset[str] = frozenset()
 
-    def admit(self, loss: Loss, seat: int) -> None:
+    def admit(self, loss: Loss, here: Loss, seat: int) -> None:
         """See ``SeatLosses``."""
-        row = row_of(loss)
+        row = row_of(here)
         assert row is not None
         self.table.set(seat, row)
         self.table.note()
@@ -149,7 +152,7 @@ class ModuleLoss:
     def __init__(self, loss: Loss) -> None:
         self.loss = copy.deepcopy(loss)
 
-    def admit(self, loss: Loss, seat: int) -> None:
+    def admit(self, loss: Loss, here: Loss, seat: int) -> None:
         """See ``SeatLosses``; the loss has the same numbers as the one recorded."""
         own = self.loss.state_dict()
         for name, buffer in loss.state_dict().items():

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tuner.lane import Lane
+from tuner.losses import Loss
 from tuner.stacks._device import GraphDevice, Mark
-from tuner.stacks._kind import Kind
+from tuner.stacks._kind import Kind, loss_of
 from tuner.stacks._losses import ModuleLoss, RowLosses, SeatLosses
 from tuner.stacks._networks import Alone, Network, pattern_of
 from tuner.stacks._optimizers import row_optimizer
@@ -50,6 +51,7 @@ class Stack:
         )
         self.totals = torch.zeros(seats, dtype=torch.float64, device=lane.device)
         self.lanes: dict[int, Lane] = {}
+        self.here: dict[int, Loss] = {}
         self.asking: dict[int, Chunk] = {}
         self.recorded: dict[tuple[object, ...], Recorded] = {}
         self.flight: deque[Mark] = deque()
@@ -67,6 +69,7 @@ class Stack:
         """Let a lane take a free seat, which is overwritten by what the lane has."""
         seat = next(seat for seat in range(self.seats) if seat not in self.lanes)
         self.lanes[seat] = lane
+        self.here[seat] = loss_of(lane).build(lane.data.class_counts)
         with self.device.work(), torch.no_grad():
             self.state.admit(lane, seat)
         self.device.join()
@@ -81,7 +84,8 @@ class Stack:
         lane = self.lanes[seat]
         with self.device.work(), torch.no_grad():
             self.optimizer.admit(seat, lane.optimizer)
-            self.losses.admit(lane.loss, seat)
+            self.here[seat].advance(lane.progress)
+            self.losses.admit(lane.loss, self.here[seat], seat)
             self.totals[seat].copy_(total)
             for recorded in self.recorded.values():
                 recorded.admit()
