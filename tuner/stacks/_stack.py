@@ -140,7 +140,9 @@ class Stack:
                 recorded.fill(alike)
                 for _ in range(max(map(len, alike.values()))):
                     recorded.replay()
-                self._note(recorded, alike)
+                if self.kind.notes:
+                    with self.device.work():
+                        self._note(recorded, alike)
                 mark = self.device.mark()
             self.flight.append(mark)
             for seat, chunk in alike.items():
@@ -149,10 +151,9 @@ class Stack:
 
     def _note(self, recorded: Recorded, chunks: dict[int, Chunk]) -> None:
         """Indices and losses of the chunk just launched, for samplers that ask for them."""
-        if self.kind.notes:
-            for seat, chunk in chunks.items():
-                losses = recorded.losses[: len(chunk), seat].flatten().clone()
-                self.lanes[seat].noted.append((chunk.indices.flatten(), losses))
+        for seat, chunk in chunks.items():
+            losses = recorded.losses[: len(chunk), seat].flatten().clone()
+            self.lanes[seat].noted.append((chunk.indices.flatten(), losses))
 
     def wait(self) -> None:
         """Wait until nothing is in flight."""
