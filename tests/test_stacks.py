@@ -14,11 +14,14 @@ from tuner.datasets import Data
 from tuner.stacks import Stacks
 
 WEIGHTED = {"name": "weighted_cross_entropy", "power": 0.5}
+SHIFTED = {"name": "vector_scaling", "gamma": 0.2, "start": 0.5}
+FORMS: list[dict[str, Any]] = [{}, {"loss": WEIGHTED}, {"loss": SHIFTED}]
+"""Of each form of losses there is a recording: as they are, with weights, with shifts."""
 SUCCESSORS: dict[str, dict[str, Any]] = {
     "other rates": {"optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.5}},
     "no momentum": {"optimizer": {"name": "sgd", "momentum": 0.0, "weight_decay": 0.01}},
-    "another loss of the family": {"loss": {"name": "vector_scaling", "gamma": 0.2, "start": 0.5}},
-    "weights": {"loss": WEIGHTED, "sampler": {"name": "class_aware", "exponent": 0.5}},
+    "other shifts": {"loss": {"name": "balanced_softmax"}},
+    "other weights": {"loss": {**WEIGHTED, "power": 1.0}, "sampler": {"name": "class_aware"}},
     "another schedule": {"schedule": {"name": "step"}},
     "longer": {"length": 6},
 }
@@ -47,11 +50,12 @@ def identical(a: Trained, b: Trained) -> bool:
 def test_next_trials_of_the_kind_record_nothing_and_end_as_alone(
     digits: Data, replaying: Replaying, alone: Callable[..., Trained]
 ) -> None:
-    trained(recipe(), digits)
-    before = replaying.recorded
+    for parts in FORMS:
+        trained(recipe(**parts), digits)
+    assert replaying.recorded == 2 * len(FORMS)
     for parts in SUCCESSORS.values():
         assert identical(trained(recipe(**parts), digits), alone(**parts))
-    assert replaying.recorded == before == 2
+    assert replaying.recorded == 2 * len(FORMS)
     assert len(replaying.stacks.stacks) == 1
 
 
@@ -59,8 +63,9 @@ def test_batch_norm_of_the_trial_before_leaves_no_trace(
     digits: Data, replaying: Replaying, alone: Callable[..., Trained]
 ) -> None:
     parts: dict[str, Any] = {"model": {"name": "small_cnn"}, "length": 2}
-    for seed_free in (parts, {**parts, "loss": WEIGHTED}):
-        assert identical(trained(recipe(**seed_free), digits), alone(**seed_free))
+    for rate in (0.1, 0.02):
+        parts["optimizer"] = {"name": "sgd", "lr": rate}
+        assert identical(trained(recipe(**parts), digits), alone(**parts))
     assert replaying.recorded == 2
 
 

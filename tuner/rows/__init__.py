@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuner.rows._adaptive import GRADIENTS
-from tuner.rows._gradients import Batch, Gradient, Table
+from tuner.rows._gradients import Batch, Gradient, Table, plain_gradient
 from tuner.rows._lines import lines
 from tuner.rows._rows import Kind, Row, bare_row, row_of
 
@@ -16,5 +16,6 @@ __all__ = [
     "Table",
     "bare_row",
     "lines",
+    "plain_gradient",
     "row_of",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tuner.augment import Drawn
 from tuner.compiled import compiled
 from tuner.lane import Lane
+from tuner.stacks._places import Joint
 from tuner.stacks._state import State
 
 
@@ -44,6 +45,7 @@ class Alone:
         state.share(pattern.model, 0)
         places = state.trained.places
         self.weights = [pattern.model.get_parameter(place.name) for place in places]
+        self.joint = Joint(state.trained, 1, state.weights)
 
     def inputs(self, indices: Tensor, targets: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """See ``Network``."""
@@ -60,7 +62,7 @@ class Alone:
     def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
         """See ``Network``."""
         found = torch.autograd.grad(logits, self.weights, gradient)
-        return self.state.trained.joined([each[None] for each in found], 1)
+        return self.joint.of(found)
 
     def settle(self, active: Tensor | None) -> None:
         """See ``Network``; the model keeps them by itself."""

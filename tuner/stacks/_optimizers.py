@@ -7,76 +7,69 @@ anew. The formulas are those of ``torch.optim``. Every operation treats rows ali
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tuner import optim
+from tuner.lane import Lane
 from tuner.placing import placed
-from tuner.recipe import Recipe
 from tuner.stacks._device import Uncapturable
 from tuner.stacks._state import State
 
-Bounds = Sequence[tuple[int, int]]
+Parts = frozenset[str]
+"""Names of what lanes need of a step beside its plainest form; a step is recorded for these."""
 
 
 class RowOptimizer(ABC):
     """Hyperparameters of all seats, and the step that they govern.
 
-    ``decay`` (K, G) are the weight decays of the groups of parameters. Learning rates come with
-    each step, as the first G of its ``numbers`` (K, H); see ``numbers``.
+    ``decay`` (K, N) are the weight decays, ``own`` (K, H) the ``owned`` hyperparameters. The
+    learning rate comes with each step, first of its ``numbers`` (K, ``width``).
     """
 
     moments: ClassVar[tuple[str, ...]]
-    more: ClassVar[int] = 0
     counts_steps: ClassVar[bool] = False
-    parts: frozenset[str] = frozenset()
-    """What lanes so far needed beside the plain formula; a step is recorded for these."""
+    owned: ClassVar[int] = 0
+    width: ClassVar[int] = 1
 
-    def __init__(self, seats: int, groups: int, like: Tensor) -> None:
-        self.groups, self.like = groups, like
-        self.host = torch.zeros(seats, groups + self.more, dtype=like.dtype)
-        self.there = placed(self.host, like.device).clone()
-
-    @property
-    def width(self) -> int:
-        """How many numbers each step needs, H."""
-        return self.groups
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.decay = torch.zeros_like(state.weights)
+        self.own = state.weights.new_zeros(len(state.weights), self.owned)
 
     def admit(self, seat: int, optimizer: torch.optim.Optimizer) -> None:
         """Overwrite the hyperparameters of a seat by those of a lane's optimizer."""
-        for group, values in enumerate(optimizer.param_groups):
-            self.host[seat, group] = values["weight_decay"]
-        for index, value in enumerate(self.own(optimizer.param_groups[0]), self.groups):
-            self.host[seat, index] = value
-        self.there.copy_(placed(self.host, self.like.device))
+        groups = optimizer.param_groups
+        decays = [group["weight_decay"] for group in groups for _ in group["params"]]
+        for place, value in zip(self.state.trained.places, decays, strict=True):
+            place.view(self.decay[seat]).fill_(value)
+        own = torch.tensor(self.owns(groups[0]), dtype=self.own.dtype)
+        self.own[seat].copy_(placed(own, self.own.device))
 
-    def own(self, options: Mapping[str, Any]) -> list[float]:
-        """The ``more`` numbers that belong to the seat."""
+    def owns(self, options: Mapping[str, Any]) -> list[float]:
+        """The ``owned`` hyperparameters of a lane."""
         return []
 
-    def column(self, index: int) -> Tensor:
-        """A hyperparameter of all seats, (K, 1): decays, then what is the seats' own."""
-        return self.there[:, index : index + 1]
+    def parts(self, optimizer: torch.optim.Optimizer) -> Parts:
+        """What a lane needs beside the plain formula."""
+        return frozenset()
 
-    def numbers(self, rates: Sequence[float], steps: int) -> list[float]:
-        """What the step after so many ``steps`` needs, learning rates first."""
-        return list(rates)
+    def numbers(self, rate: float, steps: int) -> list[float]:
+        """What the step after so many ``steps`` needs, the learning rate first."""
+        return [rate]
 
     @abstractmethod
-    def step(
-        self, state: State, bounds: Bounds, gradient: Tensor, numbers: Tensor, active: Tensor | None
-    ) -> None:
+    def step(self, change: Tensor, numbers: Tensor, active: Tensor | None, parts: Parts) -> None:
         """One step of the rows that are ``active`` (K, 1), of all if None; others keep their bits.
 
         Args:
-            state: Weights and moments.
-            bounds: Where the groups of parameters lie in a row.
-            gradient: (K, N); it is used up.
-            numbers: (K, H).
+            change: The gradient (K, N); it is used up.
+            numbers: (K, width).
             active: Which rows take part.
+            parts: What some of the lanes need.
         """
 
 
@@ -84,33 +77,26 @@ class RowSGD(RowOptimizer):
     """SGD with momentum, of Nesterov's kind or not; dampening is 0."""
 
     moments = ("momentum_buffer",)
-    more = 3
+    owned = 3
 
-    def own(self, options: Mapping[str, Any]) -> list[float]:
+    def owns(self, options: Mapping[str, Any]) -> list[float]:
         """The momentum, and the shares of gradient and momentum in a step."""
         momentum = float(options["momentum"])
-        if not options["nesterov"]:
-            return [momentum, 0.0, 1.0]
-        self.parts = frozenset({"nesterov"})
-        return [momentum, 1.0, momentum]
+        return [momentum, 1.0, momentum] if options["nesterov"] else [momentum, 0.0, 1.0]
 
-    def step(
-        self, state: State, bounds: Bounds, gradient: Tensor, numbers: Tensor, active: Tensor | None
-    ) -> None:
+    def parts(self, optimizer: torch.optim.Optimizer) -> Parts:
+        """Nesterov's step."""
+        return frozenset({"nesterov"} if optimizer.param_groups[0]["nesterov"] else ())
+
+    def step(self, change: Tensor, numbers: Tensor, active: Tensor | None, parts: Parts) -> None:
         """See the base class."""
-        momentum, of_change, of_moved = (self.column(self.groups + i) for i in range(3))
-        for group, (first, end) in enumerate(bounds):
-            weights, kept, change = (
-                rows[:, first:end]
-                for rows in (state.weights, state.moments["momentum_buffer"], gradient)
-            )
-            change.addcmul_(weights, self.column(group))
-            moved = step = torch.addcmul(change, kept, momentum)
-            if "nesterov" in self.parts:
-                step = change.mul_(of_change).addcmul_(moved, of_moved)
-            rate = numbers[:, group : group + 1]
-            into(weights, torch.addcmul(weights, step, rate, value=-1), active)
-            into(kept, moved, active)
+        weights, kept = self.state.weights, self.state.moments["momentum_buffer"]
+        momentum, of_change, of_moved = (self.own[:, i : i + 1] for i in range(3))
+        change.addcmul_(weights, self.decay)
+        moved = step = _addcmul_into(kept, change, kept, momentum, active)
+        if "nesterov" in parts:
+            step = change.mul_(of_change).addcmul_(moved, of_moved)
+        _addcmul_into(weights, weights, step, numbers, active, value=-1)
 
 
 class RowAdamW(RowOptimizer):
@@ -118,38 +104,29 @@ class RowAdamW(RowOptimizer):
 
     moments = ("exp_avg", "exp_avg_sq")
     counts_steps = True
+    width = 3
 
-    def __init__(
-        self, seats: int, groups: int, like: Tensor, *, betas: tuple[float, float], eps: float
-    ) -> None:
-        super().__init__(seats, groups, like)
+    def __init__(self, state: State, *, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(state)
         self.betas, self.eps = betas, eps
 
-    @property
-    def width(self) -> int:
-        """Learning rates, and two corrections."""
-        return self.groups + 2
-
-    def numbers(self, rates: Sequence[float], steps: int) -> list[float]:
-        """Learning rates, 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
+    def numbers(self, rate: float, steps: int) -> list[float]:
+        """The learning rate, 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
         first, second = (1 - beta ** (steps + 1) for beta in self.betas)
-        return [*rates, first, second**0.5]
+        return [rate, first, second**0.5]
 
-    def step(
-        self, state: State, bounds: Bounds, gradient: Tensor, numbers: Tensor, active: Tensor | None
-    ) -> None:
+    def step(self, change: Tensor, numbers: Tensor, active: Tensor | None, parts: Parts) -> None:
         """See the base class."""
-        state.steps.add_(1 if active is None else active[:, 0])
-        first, second = numbers[:, -2:-1], numbers[:, -1:]
-        mean, square = state.moments["exp_avg"], state.moments["exp_avg_sq"]
-        into(mean, torch.lerp(mean, gradient, 1 - self.betas[0]), active)
-        fresh = gradient.mul_(gradient).mul_(1 - self.betas[1])
+        rate, first, second = (numbers[:, i : i + 1] for i in range(3))
+        weights, mean = self.state.weights, self.state.moments["exp_avg"]
+        square = self.state.moments["exp_avg_sq"]
+        self.state.steps.add_(1 if active is None else active[:, 0])
+        into(mean, torch.lerp(mean, change, 1 - self.betas[0]), active)
+        fresh = change.mul_(change).mul_(1 - self.betas[1])
         into(square, fresh.add_(square * self.betas[1]), active)
         step = (mean / first).div_((square.sqrt() / second).add_(self.eps))
-        for group, (begin, end) in enumerate(bounds):
-            weights, rate = state.weights[:, begin:end], numbers[:, group : group + 1]
-            shrunk = weights * (1 - rate * self.column(group))
-            into(weights, shrunk.addcmul_(step[:, begin:end], rate, value=-1), active)
+        shrunk = (1 - self.decay * rate).mul_(weights)
+        into(weights, shrunk.addcmul_(step, rate, value=-1), active)
 
 
 def into(rows: Tensor, new: Tensor, active: Tensor | None) -> None:
@@ -160,18 +137,28 @@ def into(rows: Tensor, new: Tensor, active: Tensor | None) -> None:
         torch.where(active, new, rows, out=rows)
 
 
-def row_optimizer(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, seats: int, like: Tensor
-) -> RowOptimizer:
-    """What steps rows as the recipe's optimizer does.
+def _addcmul_into(
+    rows: Tensor, base: Tensor, a: Tensor, b: Tensor, active: Tensor | None, *, value: int = 1
+) -> Tensor:
+    """``into`` for base + value·a·b, which is returned; in one operation where all are active."""
+    if active is None:
+        return torch.addcmul(base, a, b, value=value, out=rows)
+    new = torch.addcmul(base, a, b, value=value)
+    into(rows, new, active)
+    return new
+
+
+def optimizer_of(lane: Lane) -> tuple[type[RowOptimizer], dict[str, Any]]:
+    """What steps rows as a lane's optimizer does, and how it is made.
 
     Raises:
-        Uncapturable: It is none of those above.
+        Uncapturable: It is none of those above, or its groups differ in their learning rates.
     """
-    kind, groups = type(recipe.optimizer), len(optimizer.param_groups)
-    options: dict[str, Any] = optimizer.param_groups[0]
+    kind, groups = type(lane.recipe.optimizer), lane.optimizer.param_groups
+    if len({group["base_lr"] for group in groups}) > 1:
+        raise Uncapturable("its parameters have several learning rates")
     if kind is optim.SGD:
-        return RowSGD(seats, groups, like)
+        return RowSGD, {}
     if kind is optim.AdamW:
-        return RowAdamW(seats, groups, like, betas=options["betas"], eps=options["eps"])
+        return RowAdamW, {key: groups[0][key] for key in ("betas", "eps")}
     raise Uncapturable(f"{kind.__name__} does not step in rows")

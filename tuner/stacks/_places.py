@@ -57,47 +57,45 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of a row of ``width`` numbers, and the ``bounds`` of its groups of places."""
+    """The places of a row of ``width`` numbers, which are whole lines: see ``tuner.rows``."""
 
     places: tuple[Place, ...]
-    bounds: tuple[tuple[int, int], ...]
     width: int
 
     @classmethod
-    def of(cls, groups: Iterable[Sequence[tuple[str, Tensor]]]) -> Layout:
-        """The layout of named tensors; groups end with whole lines, see ``tuner.rows``."""
+    def of(cls, named: Iterable[tuple[str, Tensor]]) -> Layout:
+        """The layout of named tensors, in their order."""
         places: list[Place] = []
-        bounds: list[tuple[int, int]] = []
         end = 0
-        for group in groups:
-            first = end
-            for name, tensor in group:
-                places.append(Place(name, end, tuple(tensor.shape), _is_channels_last(tensor)))
-                end += -(-tensor.numel() // ALIGNED) * ALIGNED
-            end = lines(end)
-            bounds.append((first, end))
-        return cls(tuple(places), tuple(bounds), end)
+        for name, tensor in named:
+            places.append(Place(name, end, tuple(tensor.shape), _is_channels_last(tensor)))
+            end += -(-tensor.numel() // ALIGNED) * ALIGNED
+        return cls(tuple(places), lines(end))
 
     def rows(self, seats: int, like: Tensor) -> Tensor:
         """Rows (K, width) of zeros, of the kind of ``like``."""
         return like.new_zeros(seats, self.width)
 
-    def sizes(self) -> list[int]:
-        """Lengths of all places and of the gaps after them, which may be 0."""
-        ends = [place.start for place in self.places[1:]] + [self.width]
-        found: list[int] = []
-        for place, end in zip(self.places, ends, strict=bool(self.places)):
-            found += [place.size, end - place.start - place.size]
-        return found
+    def gaps(self) -> list[int]:
+        """How many numbers lie between the end of each place and the next one."""
+        ends = [*(place.start for place in self.places[1:]), self.width]
+        return [end - p.start - p.size for p, end in zip(self.places, ends, strict=False)]
 
-    def joined(self, tensors: Sequence[Tensor], seats: int) -> Tensor:
-        """Rows (K, width) of the places' tensors (K, *shape), with zeros in the gaps."""
+
+class Joint:
+    """Whole rows (K, N) from tensors of their places (K, *shape)."""
+
+    def __init__(self, layout: Layout, seats: int, like: Tensor) -> None:
+        self.layout, self.seats = layout, seats
+        self.gaps = [like.new_zeros(seats, gap) for gap in layout.gaps()]
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows, with zeros between places."""
         parts: list[Tensor] = []
-        gaps = self.sizes()[1::2]
-        for place, tensor, gap in zip(self.places, tensors, gaps, strict=True):
-            parts.append(place.numbers(tensor.view(seats, *place.shape)))
-            if gap:
-                parts.append(tensor.new_zeros(seats, gap))
+        for place, tensor, gap in zip(self.layout.places, tensors, self.gaps, strict=True):
+            parts.append(place.numbers(tensor.view(self.seats, *place.shape)))
+            if gap.numel():
+                parts.append(gap)
         return torch.cat(parts, 1)
 
 

@@ -15,6 +15,7 @@ from tuner.augment import Drawn
 from tuner.lane import Lane
 from tuner.seeding import repeatable
 from tuner.stacks._device import Mark, Uncapturable
+from tuner.stacks._optimizers import Parts
 
 if TYPE_CHECKING:
     from tuner.stacks._stack import Stack
@@ -41,10 +42,10 @@ class Chunk:
 
 
 class Recorded:
-    """Steps with ``size`` images for each seat."""
+    """Steps with ``size`` images for each seat, with all the ``parts`` that lanes need."""
 
-    def __init__(self, stack: Stack, size: int) -> None:
-        self.stack, self.size = stack, size
+    def __init__(self, stack: Stack, size: int, parts: Parts) -> None:
+        self.stack, self.size, self.parts = stack, size, parts
         lane, seats = stack.pattern, stack.seats
         device, dtype = lane.device, lane.dtype
         wide = stack.optimizer.width
@@ -54,7 +55,7 @@ class Recorded:
         self.drawn = {n: _rows(example, seats, device) for n, example in _examples(lane, size)}
         noted = CHUNK if stack.kind.notes else 0
         self.losses = torch.zeros(noted, seats, size, dtype=dtype, device=device)
-        self.decay = stack.losses.decay(size).clone()
+        self.frame = stack.losses.frame(size)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.replay = self._record()
 
@@ -97,9 +98,11 @@ class Recorded:
         if stack.kind.notes:
             each = cross_entropy(known.flatten(0, 1), targets.flatten(), reduction="none")
             self.losses.index_copy_(0, self.row, each.view(1, *targets.shape))
-        gradient, means = stack.losses.gradient(known, soft, targets, self.decay, active)
-        changes = stack.network.backward(logits, gradient)
-        stack.optimizer.step(stack.state, stack.state.trained.bounds, changes, numbers, active)
+        gradient, means = stack.losses.gradient(
+            known, soft, targets, self.frame, active, self.parts
+        )
+        change = stack.network.backward(logits, gradient)
+        stack.optimizer.step(change, numbers, active, self.parts)
         stack.network.settle(active)
         sums = means * self.size
         stack.totals.add_(sums if active is None else torch.where(active[:, 0], sums, 0.0))
@@ -111,13 +114,15 @@ class Recorded:
         _copy(self.numbers, {seat: chunk.numbers for seat, chunk in chunks.items()}, steps)
         for name, rows in self.drawn.items():
             _copy(rows, {seat: chunk.drawn[name] for seat, chunk in chunks.items()}, steps)
-        active = {seat: torch.ones(len(chunk), 1) for seat, chunk in chunks.items()}
-        _copy(self.active, active, steps)
+        if self.stack.seats > 1:
+            active = {seat: torch.ones(len(chunk), 1) for seat, chunk in chunks.items()}
+            _copy(self.active, active, steps)
         self.row.zero_()
 
     def admit(self) -> None:
         """Take note of the losses that lanes came with."""
-        self.decay.copy_(self.stack.losses.decay(self.size))
+        if "adaptive" in self.parts:
+            self.stack.losses.renew(self.frame, self.size)
 
 
 def _examples(lane: Lane, size: int) -> Iterator[tuple[str, Tensor]]:

@@ -13,10 +13,13 @@ from tuner.stacks._device import GraphDevice, Mark
 from tuner.stacks._kind import Kind, loss_of
 from tuner.stacks._losses import ModuleLoss, RowLosses, SeatLosses
 from tuner.stacks._networks import Alone, Network, pattern_of
-from tuner.stacks._optimizers import row_optimizer
+from tuner.stacks._optimizers import Parts, optimizer_of
 from tuner.stacks._recorded import Chunk, Recorded
 from tuner.stacks._state import State
 from tuner.stacks._together import Together
+
+MOST_RECORDED = 16
+"""Steps that a stack keeps: for sizes of batches, and for forms of losses."""
 
 
 class Stack:
@@ -34,11 +37,9 @@ class Stack:
     def __init__(self, lane: Lane, kind: Kind, seats: int, device: GraphDevice) -> None:
         self.kind, self.seats, self.device = kind, seats, device
         self.pattern = pattern_of(lane)
-        like = next(lane.model.parameters()).detach()
-        self.optimizer = row_optimizer(lane.recipe, lane.optimizer, seats, like)
-        self.state = State(
-            lane, seats, self.optimizer.moments, counts_steps=self.optimizer.counts_steps
-        )
+        make, options = optimizer_of(lane)
+        self.state = State(lane, seats, make.moments, counts_steps=make.counts_steps)
+        self.optimizer = make(self.state, **options)
         self.losses: SeatLosses = (
             RowLosses(seats, lane.data.num_classes, lane.dtype, lane.device)
             if kind.loss is None
@@ -53,7 +54,9 @@ class Stack:
         self.lanes: dict[int, Lane] = {}
         self.here: dict[int, Loss] = {}
         self.asking: dict[int, Chunk] = {}
-        self.recorded: dict[tuple[object, ...], Recorded] = {}
+        self.parts: Parts = frozenset()
+        self.needs: dict[int, Parts] = {}
+        self.recorded: dict[tuple[int, Parts], Recorded] = {}
         self.flight: deque[Mark] = deque()
 
     def tensors(self) -> list[Tensor]:
@@ -72,6 +75,7 @@ class Stack:
         self.here[seat] = loss_of(lane).build(lane.data.class_counts)
         with self.device.work(), torch.no_grad():
             self.state.admit(lane, seat)
+            self.optimizer.admit(seat, lane.optimizer)
         self.device.join()
         return seat
 
@@ -83,25 +87,44 @@ class Stack:
         """
         lane = self.lanes[seat]
         with self.device.work(), torch.no_grad():
-            self.optimizer.admit(seat, lane.optimizer)
-            self.here[seat].advance(lane.progress)
-            self.losses.admit(lane.loss, self.here[seat], seat)
+            self._admit_loss(lane, seat)
             self.totals[seat].copy_(total)
-            for recorded in self.recorded.values():
-                recorded.admit()
         self.device.join()
+        self._need(self.needs[seat] | self.optimizer.parts(lane.optimizer))
         for size in sorted(sizes, reverse=True):
             self._recorded(size)
 
-    def _recorded(self, size: int) -> Recorded:
-        """Steps of that size with all that lanes so far need; recorded when first asked for."""
-        parts = self.losses.parts, self.optimizer.parts
-        if any(key[1:] != parts for key in self.recorded):
+    def _admit_loss(self, lane: Lane, seat: int) -> None:
+        """Overwrite the row of a seat, unless its loss acts as in the epoch before."""
+        here = self.here[seat]
+        acted = here.active
+        here.advance(lane.progress)
+        if seat not in self.needs or acted != here.active:
+            self.needs[seat] = self.losses.admit(lane.loss, here, seat)
+            for recorded in self.recorded.values():
+                recorded.admit()
+
+    def _need(self, parts: Parts) -> None:
+        """Let steps have these parts; a lane that is alone needs no more than its own.
+
+        With others, steps have all parts that lanes ever needed, so that they soon stay the same.
+        """
+        if self.seats == 1:
+            self.parts = parts
+        elif not parts <= self.parts:
+            self.parts |= parts
             self.wait()
             self.recorded.clear()
-        key = (size, *parts)
-        if key not in self.recorded:
-            self.recorded[key] = Recorded(self, size)
+
+    def _recorded(self, size: int) -> Recorded:
+        """Steps of that size with the parts that are needed; recorded when first asked for."""
+        key = (size, self.parts)
+        found = self.recorded.pop(key, None)
+        if found is None and len(self.recorded) >= MOST_RECORDED:
+            self.wait()
+            # The last one is the one that was used last.
+            del self.recorded[next(iter(self.recorded))]
+        self.recorded[key] = found or Recorded(self, size, self.parts)
         return self.recorded[key]
 
     def ask(self, seat: int, chunk: Chunk) -> None:
@@ -164,6 +187,7 @@ class Stack:
         """Give a lane tensors of its own, and its seat to the next one."""
         lane = self.lanes.pop(seat)
         self.asking.pop(seat, None)
+        self.needs.pop(seat, None)
         copies = self.state.copies(lane)
         with self.device.work(), torch.no_grad():
             self.state.part(lane, seat, copies)

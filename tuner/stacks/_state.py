@@ -17,8 +17,8 @@ Views = Iterator[tuple[nn.Module, str, Tensor]]
 class State:
     """Rows of weights, of the moments of an optimizer, and of all else that models keep.
 
-    ``weights`` and each of ``moments`` are (K, N) as ``trained`` says, grouped as the optimizer
-    groups them. ``kept`` (K, M) are frozen weights and running statistics, ``counts`` (K, I)
+    ``weights`` and each of ``moments`` are (K, N) as ``trained`` says, in the order of the
+    optimizer. ``kept`` (K, M) are frozen weights and running statistics, ``counts`` (K, I)
     whole numbers. ``steps`` (K,) float32 are counted for optimizers that want to know.
     """
 
@@ -27,19 +27,19 @@ class State:
     ) -> None:
         model, like = lane.model, next(lane.model.parameters())
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = [
-            [(names[id(parameter)], parameter.detach()) for parameter in group["params"]]
+        trained = {
+            names[id(parameter)]: parameter.detach()
             for group in lane.optimizer.param_groups
-        ]
-        grouped = {name for group in groups for name, _ in group}
-        rest = [(n, p.detach()) for n, p in model.named_parameters() if n not in grouped]
+            for parameter in group["params"]
+        }
+        rest = [(n, p.detach()) for n, p in model.named_parameters() if n not in trained]
         buffers = list(model.named_buffers())
         whole = [(name, buffer) for name, buffer in buffers if buffer.dtype == torch.int64]
         real = [*rest, *((name, b) for name, b in buffers if b.dtype != torch.int64)]
-        if any(tensor.dtype != like.dtype for _, tensor in (*real, *sum(groups, []))):
+        if any(tensor.dtype != like.dtype for tensor in (*dict(real).values(), *trained.values())):
             raise Uncapturable("its tensors are of several types")
-        self.trained, self.beside = Layout.of(groups), Layout.of([real])
-        self.counted = Layout.of([whole])
+        self.trained, self.beside = Layout.of(trained.items()), Layout.of(real)
+        self.counted = Layout.of(whole)
         self.weights = self.trained.rows(seats, like.detach())
         self.moments = {name: torch.zeros_like(self.weights) for name in moments}
         self.kept = self.beside.rows(seats, like.detach())

@@ -11,7 +11,7 @@ from tuner.augment import Augmenter, Drawn, StandardAugmenter
 from tuner.lane import Lane
 from tuner.stacks._kind import Kind
 from tuner.stacks._optimizers import into
-from tuner.stacks._places import Layout
+from tuner.stacks._places import Joint, Layout
 from tuner.stacks._state import State
 from tuner.twins import NoTwinError, check, twin_of
 
@@ -47,15 +47,15 @@ class Working:
     """Whole tensors (K, *shape) for a twin, copied from the places of rows (K, N)."""
 
     def __init__(self, layout: Layout, rows: Tensor) -> None:
-        self.rows, self.layout = rows, layout
-        self.sizes = [size for size in layout.sizes() if size]
-        self.parts = [rows.new_zeros(len(rows), size) for size in self.sizes]
-        whole = iter(self.parts)
+        self.rows = rows
+        self.joint = Joint(layout, len(rows), rows)
+        self.parts: list[Tensor] = []
         self.tensors: dict[str, Tensor] = {}
-        for place, gap in zip(layout.places, layout.sizes()[1::2], strict=True):
-            self.tensors[place.name] = place.shaped(next(whole))
-            if gap:
-                next(whole)
+        for place, gap in zip(layout.places, self.joint.gaps, strict=True):
+            whole = rows.new_zeros(len(rows), place.size)
+            self.tensors[place.name] = place.shaped(whole)
+            self.parts += [whole, torch.zeros_like(gap)] if gap.numel() else [whole]
+        self.sizes = [part.shape[1] for part in self.parts]
 
     def refresh(self) -> None:
         """Copy what the rows have now; on a GPU in one operation."""
@@ -105,11 +105,11 @@ class Together:
     def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
         """See ``Network``."""
         found = torch.autograd.grad(logits, self.weights, gradient)
-        return self.state.trained.joined(found, self.seats)
+        return self.trained.joint.of(found)
 
     def settle(self, active: Tensor | None) -> None:
         """See ``Network``."""
         if self.moves:
-            new = self.state.beside.joined(list(self.beside.tensors.values()), self.seats)
+            new = self.beside.joint.of(list(self.beside.tensors.values()))
             into(self.state.kept, new, active)
             self.state.counts.add_(self.moved if active is None else self.moved & active)

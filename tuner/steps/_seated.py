@@ -104,9 +104,9 @@ class SeatedSteps:
     ) -> Generator[None, None, None]:
         """Draw a chunk ahead, ask for it, and wait until it is launched."""
         lane, indices = self.lane, torch.stack(list(batches[begin:end]))
-        rates = [lane.rates(step / len(batches)) for step in range(begin, end)]
+        rates = [lane.rates(step / len(batches))[0] for step in range(begin, end)]
         numbers = [
-            stack.optimizer.numbers(each, self.steps + step) for step, each in enumerate(rates)
+            stack.optimizer.numbers(rate, self.steps + step) for step, rate in enumerate(rates)
         ]
         size = lane.data.image_shape[1:]
         drawn = lane.augment.plan(
