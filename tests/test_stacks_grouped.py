@@ -19,7 +19,7 @@ from tuner.datasets import Data
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
-from tuner.stacks import Stacks
+from tuner.stacks import Stacks, _together
 from tuner.steps import _seated, steps_of
 from tuner.trainer import EpochResult, epochs, epochs_in_turns
 
@@ -180,6 +180,20 @@ def test_lanes_without_a_twin_take_seats_of_their_own(digits: Data, replaying: R
     assert alone.ends_as(first)
     assert second
     assert {stack.seats for stack in replaying.stacks.stacks} == {1}
+
+
+def test_twin_that_cannot_be_recorded_leaves_its_lanes_seats_of_their_own(
+    digits: Data, replaying: Replaying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(_together, "_reasons", {})
+    alone = trained(recipe(**CNN), digits, stacks=stacks())
+    monkeypatch.setattr(_together.Together, "logits", fail)
+    for _ in range(2):
+        assert alone.ends_as(list(epochs(recipe(**CNN), digits, **GROUPED)))
+    assert [stack.seats for stack in replaying.stacks.stacks] == [1]
 
 
 def test_mixing_that_ends_takes_its_lane_into_the_group(digits: Data, replaying: Replaying) -> None:

@@ -136,12 +136,18 @@ def _rate(
     for _ in range(lanes):
         lane = Lane(recipe, data, device)
         lane.begin_epoch()
-        if execution == "grouped" and not is_groupable(lane, kind_of(lane)):
-            raise NotImplementedError("its lanes cannot be trained in groups")
+        _refuse_unlike(lane, execution)
         made.append(steps_of(lane, execution, stacks, lanes))
     _all(made, batches[:2], device)
+    _refuse_unlike(lane, execution)
     took = _all(made, batches, device)
     return float(round(lanes * steps * size / took, 1))
+
+
+def _refuse_unlike(lane: Lane, execution: Execution) -> None:
+    """Do not measure something else where groups do not work, as is found out when they begin."""
+    if execution == "grouped" and not is_groupable(lane, kind_of(lane)):
+        raise NotImplementedError("its lanes cannot be trained in groups")
 
 
 def _all(made: list[Steps], batches: list[Tensor], device: str) -> float:

@@ -7,7 +7,7 @@ from tuner.stacks._kind import Kind, kind_of
 from tuner.stacks._recorded import CHUNK, Chunk
 from tuner.stacks._stack import Stack
 from tuner.stacks._stacks import Stacks
-from tuner.stacks._together import is_groupable
+from tuner.stacks._together import is_groupable, not_groupable
 
 __all__ = [
     "CHUNK",
@@ -21,4 +21,5 @@ __all__ = [
     "Uncapturable",
     "is_groupable",
     "kind_of",
+    "not_groupable",
 ]

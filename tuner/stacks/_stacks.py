@@ -47,7 +47,7 @@ class Stacks:
         if idle and len(self.stacks) >= self.most:
             self.drop(idle[0])
 
-    def drop(self, stack: Stack | None) -> None:
+    def drop(self, stack: Stack) -> None:
         """Drop a stack whose steps could not be recorded, unless other lanes have seats."""
         if stack in self.stacks and not stack.lanes:
             stack.wait()

@@ -33,7 +33,7 @@ def _reason(lane: Lane, kind: Kind) -> str | None:
         return "its loss is computed by its own module"
     if type(lane.augment) not in (Augmenter, StandardAugmenter):
         return "its augmentation may not treat image by image"
-    key = (kind.model, lane.data.image_shape, lane.data.num_classes, kind.modes)
+    key = _key(lane, kind)
     if key not in _reasons:
         try:
             check(lane.model, lane.data.image_shape)
@@ -41,6 +41,15 @@ def _reason(lane: Lane, kind: Kind) -> str | None:
         except NoTwinError as error:
             _reasons[key] = str(error)
     return _reasons[key]
+
+
+def not_groupable(lane: Lane, kind: Kind, reason: str) -> None:
+    """Note that lanes with this model are better trained alone from now on."""
+    _reasons[_key(lane, kind)] = reason
+
+
+def _key(lane: Lane, kind: Kind) -> tuple[object, ...]:
+    return kind.model, lane.data.image_shape, lane.data.num_classes, kind.modes, kind.formats
 
 
 class Working:

@@ -20,12 +20,14 @@ from tuner.seeding import derive_seed, generator
 from tuner.stacks import (
     CHUNK,
     Chunk,
+    Kind,
     Mark,
     Stack,
     Stacks,
     Uncapturable,
     is_groupable,
     kind_of,
+    not_groupable,
 )
 from tuner.steps._plain import PlainSteps
 
@@ -80,19 +82,37 @@ class SeatedSteps:
         """The stack in which the lane has a seat for the coming epoch; None if there is none."""
         try:
             kind = kind_of(self.lane)
-            if self.stack is not None and self.stack.kind != kind:
-                self.close()
-            if self.stack is None:
-                seats = self.seats if self.seats > 1 and is_groupable(self.lane, kind) else 1
-                self.stack, self.seat = self.stacks.take(self.lane, kind, seats)
-                self.steps = self._steps_so_far()
-            self.stack.begin(self.seat, sizes, self.total)
+            if self.seats > 1 and is_groupable(self.lane, kind):
+                try:
+                    return self._sit(kind, self.seats, sizes)
+                except Uncapturable as reason:
+                    not_groupable(self.lane, kind, str(reason))
+            return self._sit(kind, 1, sizes)
         except Uncapturable as reason:
             log.info("a recipe is trained without graphs: %s", reason)
-            self.recordable, refused = False, self.stack
+            self.recordable = False
             self.close()
-            self.stacks.drop(refused)
-        return self.stack
+            return None
+
+    def _sit(self, kind: Kind, seats: int, sizes: set[int]) -> Stack:
+        """Take a seat unless the lane has it, and begin the epoch there.
+
+        Raises:
+            Uncapturable: It has none now.
+        """
+        if self.stack is not None and self.stack.kind != kind:
+            self.close()
+        if self.stack is None:
+            self.stack, self.seat = self.stacks.take(self.lane, kind, seats)
+            self.steps = self._steps_so_far()
+        stack = self.stack
+        try:
+            stack.begin(self.seat, sizes, self.total)
+        except Uncapturable:
+            self.close()
+            self.stacks.drop(stack)
+            raise
+        return stack
 
     def _steps_so_far(self) -> int:
         """Steps that the optimizer has taken, where it counts them."""
