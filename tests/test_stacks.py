@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from trainer_cases import Trained, recipe, trained
 
 from tuner.datasets import Data
 from tuner.stacks import Stacks
+from tuner.trainer import epochs
 
 WEIGHTED = {"name": "weighted_cross_entropy", "power": 0.5}
 SHIFTED = {"name": "vector_scaling", "gamma": 0.2, "start": 0.5}
@@ -122,6 +125,21 @@ def test_lane_that_left_keeps_what_it_had(digits: Data, replaying: Replaying) ->
     trained(recipe(optimizer={"name": "sgd", "lr": 0.02}), digits)
     assert all(torch.equal(first.weights[name], weights[name]) for name in weights)
     assert all(steps.stack is None for steps in replaying.made)
+
+
+def test_stack_goes_with_its_training_where_nobody_keeps_it(
+    digits: Data, replaying: Replaying
+) -> None:
+    own, found = stacks(), []
+    gc.disable()
+    try:
+        for _ in epochs(recipe(length=2), digits, stacks=own):
+            found.append(weakref.ref(own.stacks[0]))
+        replaying.made.clear()
+        own.stacks.clear()
+        assert all(stack() is None for stack in found)
+    finally:
+        gc.enable()
 
 
 def test_idle_stacks_are_dropped_when_memory_is_needed(digits: Data, replaying: Replaying) -> None:

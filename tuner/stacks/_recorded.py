@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ class Recorded:
     """Steps with ``size`` images for each seat, with all the ``parts`` that lanes need."""
 
     def __init__(self, stack: Stack, size: int, parts: Parts) -> None:
-        self.stack, self.size, self.parts = stack, size, parts
+        # It belongs to the stack: a cycle would keep the memory of both until somebody looks.
+        self.stack: Stack = weakref.proxy(stack)
+        self.size, self.parts = size, parts
         lane, seats = stack.pattern, stack.seats
         device, dtype = lane.device, lane.dtype
         wide = stack.optimizer.width

@@ -85,11 +85,12 @@ class Stack:
         Raises:
             Uncapturable: A step with one of these numbers of images cannot be recorded.
         """
-        lane = self.lanes[seat]
+        lane, is_new = self.lanes[seat], seat not in self.needs
         with self.device.work(), torch.no_grad():
             self._admit_loss(lane, seat)
             self.totals[seat].copy_(total)
-        self.device.join()
+        if is_new:
+            self.device.join()
         self._need(self.needs[seat] | self.optimizer.parts(lane.optimizer))
         for size in sorted(sizes, reverse=True):
             self._recorded(size)

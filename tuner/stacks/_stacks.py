@@ -38,8 +38,9 @@ class Stacks:
             stack = Stack(lane, kind, seats, self.device(lane.device))
         # The last one is the one that was used last.
         self.stacks.append(stack)
-        self.most = max(self.most, sum(bool(each.lanes) for each in self.stacks) + 1)
-        return stack, stack.take(lane)
+        seat = stack.take(lane)
+        self.most = max(self.most, sum(bool(each.lanes) for each in self.stacks))
+        return stack, seat
 
     def _make_room(self) -> None:
         """Drop the idle stack that was not used for longest, if there are as many as may be."""
