@@ -108,7 +108,7 @@ class Recorded:
         stack.optimizer.step(change, numbers, active, self.parts)
         stack.network.settle(active)
         sums = means * self.size
-        stack.totals.add_(sums if active is None else torch.where(active[:, 0], sums, 0.0))
+        stack.totals.add_(sums if active is None else sums.masked_fill(~active[:, 0], 0.0))
 
     def fill(self, chunks: Mapping[int, Chunk]) -> None:
         """Copy what the next steps of some seats read to where they look for it."""

@@ -149,12 +149,14 @@ class Stack:
             self._launch()
 
     def _is_busy(self) -> bool:
+        """Whether something is in flight; marks of what is done are forgotten."""
         while self.flight and self.flight[0].query():
             self.flight.popleft()
         return bool(self.flight)
 
     def _launch(self) -> None:
         """Launch all that was asked for; steps with as many images go together."""
+        self._is_busy()
         sizes = {chunk.indices.shape[1] for chunk in self.asking.values()}
         for size in sorted(sizes, reverse=True):
             alike = {s: c for s, c in self.asking.items() if c.indices.shape[1] == size}

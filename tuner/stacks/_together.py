@@ -6,6 +6,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tuner.augment import Augmenter, Drawn, StandardAugmenter
 from tuner.lane import Lane
@@ -14,6 +15,9 @@ from tuner.stacks._optimizers import into
 from tuner.stacks._places import Joint, Layout
 from tuner.stacks._state import State
 from tuner.twins import NoTwinError, check, twin_of
+
+WHOLE = 64
+"""Whole tensors begin at multiples of so many numbers."""
 
 log = logging.getLogger(__name__)
 
@@ -53,23 +57,37 @@ def _key(lane: Lane, kind: Kind) -> tuple[object, ...]:
 
 
 class Working:
-    """Whole tensors (K, *shape) for a twin, copied from the places of rows (K, N)."""
+    """Whole tensors (K, *shape) for a twin, copied from the places of rows (K, N).
+
+    One operation copies all. What torch has for that (``split_with_sizes_copy``) reads addresses
+    from memory of the host, which is gone when a graph is replayed.
+    """
 
     def __init__(self, layout: Layout, rows: Tensor) -> None:
-        self.rows = rows
-        self.joint = Joint(layout, len(rows), rows)
-        self.parts: list[Tensor] = []
-        self.tensors: dict[str, Tensor] = {}
-        for place, gap in zip(layout.places, self.joint.gaps, strict=True):
-            whole = rows.new_zeros(len(rows), place.size)
-            self.tensors[place.name] = place.shaped(whole)
-            self.parts += [whole, torch.zeros_like(gap)] if gap.numel() else [whole]
-        self.sizes = [part.shape[1] for part in self.parts]
+        self.rows, self.joint = rows, Joint(layout, len(rows), rows)
+        seats, width = rows.shape
+        first = width * torch.arange(seats)[:, None]
+        parts: list[Tensor] = []
+        starts: list[int] = []
+        end = 0
+        for place in layout.places:
+            numbers = (first + place.start + torch.arange(place.size)).flatten()
+            parts.append(pad(numbers, (0, -len(numbers) % WHOLE)))
+            starts.append(end)
+            end += len(parts[-1])
+        order = torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+        # Half as much to read, where the numbers allow it.
+        self.order = order.to(rows.device, torch.int32 if rows.numel() < 2**31 else torch.int64)
+        self.copy = rows.new_zeros(end)
+        self.tensors = {
+            place.name: place.shaped(self.copy.narrow(0, start, seats * place.size).view(seats, -1))
+            for place, start in zip(layout.places, starts, strict=True)
+        }
 
     def refresh(self) -> None:
-        """Copy what the rows have now; on a GPU in one operation."""
-        if self.parts:
-            torch.split_with_sizes_copy(self.rows, self.sizes, dim=1, out=self.parts)
+        """Copy what the rows have now."""
+        if self.tensors:
+            torch.index_select(self.rows.view(-1), 0, self.order, out=self.copy)
 
 
 class Together:

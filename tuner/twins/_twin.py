@@ -38,7 +38,7 @@ class Twin(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (K, B, C) of normalised images (B, K·c, H, W)."""
         if self.repeat_channels:
-            images = images.repeat_interleave(3, 1)
+            images = images[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2)
         logits: Tensor = self.head(by_model(self.backbone(images), self.models))
         return logits
 
