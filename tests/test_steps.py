@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"name": "small_cnn"},
         "training": {"batch_size": 64, "precision": "bfloat16"},
     },
-    "resnet": {"model": {"name": "resnet20"}, "loss": {"name": "asymmetric"}, "length": 2},
+    "resnet": {"model": {"name": "resnet20"}, "loss": {"name": "asymmetric"}, "length": 3},
 }
 
 

@@ -115,16 +115,12 @@ class Lane:
         """Share of the training's optimizer steps that are done before this epoch, in [0, 1]."""
         return self.epoch / self.recipe.epochs
 
-    def stage_after(self, epochs: int) -> int:
-        """Index of the stage so many epochs from now."""
-        return int(self.recipe.training.stage((self.epoch + epochs) / self.recipe.epochs))
-
     def begin_epoch(self) -> None:
         """Enter the stage of the coming epoch and switch on what is deferred until now.
 
         Also after ``restore``: an epoch that was begun before is begun as it was.
         """
-        stage = self.stage_after(0)
+        stage = self.recipe.training.stage(self.progress)
         if stage != self.stage:
             self._enter_stage(stage)
         self.loss.advance(self.progress)

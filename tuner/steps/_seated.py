@@ -70,7 +70,8 @@ class SeatedSteps:
         finally:
             stack.asking.pop(self.seat, None)
             self.settle(done)
-        if self.lane.stage_after(1) != self.lane.stage:
+        recipe = self.lane.recipe
+        if recipe.training.stage((self.lane.epoch + 1) / recipe.epochs) != self.lane.stage:
             # What the lane changes by itself there, steps of its neighbours would write over.
             self.close()
 
