@@ -40,7 +40,7 @@ def candidates(
 
     Formats are pairs of precision and layout. All are tried plainly where a single training
     fills the device, else with a few lanes of graphs; then the best one with fewer and more
-    lanes, and plainly; and its precision in groups.
+    lanes, plainly, and its precision in groups.
     """
     fills = _fills(recipe, data, device)
     formats, tried = list(formats), []
