@@ -58,8 +58,8 @@ def twin_of(model: Classifier, models: int) -> Twin:
 def _grouped(module: nn.Module, models: int) -> nn.Module:
     """A module whose layers are those of several models.
 
-    Of a module without tensors of its own it is assumed that it treats channels alike, or has an
-    attribute ``models``; ``check`` finds out.
+    Of a module without tensors of its own it is assumed that it treats channels alike, or has a
+    number ``models``; ``check`` finds out.
     """
     if type(module) in LAYERS:
         return LAYERS[type(module)](module, models)
@@ -67,7 +67,7 @@ def _grouped(module: nn.Module, models: int) -> nn.Module:
         raise NoTwinError(f"{type(module).__name__} has no twin")
     if isinstance(module, _DropoutNd) and module.p > 0:
         raise NoTwinError(f"{type(module).__name__} draws for all models at once")
-    if hasattr(module, "models"):
+    if isinstance(getattr(module, "models", None), int):
         module.models = models  # type: ignore[assignment]
     for name, child in list(module.named_children()):
         setattr(module, name, _grouped(child, models))
