@@ -26,7 +26,7 @@ SUCCESSORS: dict[str, dict[str, Any]] = {
     "other shifts": {"loss": {"name": "balanced_softmax"}},
     "other weights": {"loss": {**WEIGHTED, "power": 1.0}, "sampler": {"name": "class_aware"}},
     "another schedule": {"schedule": {"name": "step"}},
-    "longer": {"length": 6},
+    "longer": {"length": 5},
 }
 
 
