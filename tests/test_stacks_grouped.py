@@ -36,8 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
     "smoothed": {"loss": {"name": "asymmetric"}, "sampler": {"name": "class_aware"}},
     "crops": {"augment": {"name": "standard", "flip": False, "crop_padding": 1}},
     "contiguous": {**CNN, "training": {"batch_size": 64, "layout": "contiguous"}},
-    "resnet": {"model": {"name": "resnet20"}, "length": 1, "training": {"batch_size": 128}},
 }
+RESNET: dict[str, Any] = {"model": {"name": "resnet20"}, **SHORT}
+"""On a processor grouped convolutions in float64 take seconds; ``test_twins`` looks at one step."""
 MIXED: list[dict[str, Any]] = [
     {"loss": SPARING, "sampler": {"name": "class_aware", "exponent": 1.0}},
     {"loss": {"name": "fnr_adaptive"}, "optimizer": {"name": "sgd", "lr": 0.02}},
@@ -220,7 +221,7 @@ HALF: dict[str, Any] = {**CNN, "training": {"batch_size": 64, "precision": "bflo
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("exactly")
-@pytest.mark.parametrize("parts", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("parts", [*CASES.values(), RESNET], ids=[*CASES.keys(), "resnet"])
 def test_twin_on_a_gpu_trains_what_single_steps_train(
     parts: dict[str, Any], on_device: Data
 ) -> None:
