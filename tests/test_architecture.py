@@ -17,13 +17,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The package itself stands on top with its version; ``__getattr__`` there is the public door.
 LEVELS = """
 errors __init__
-registry stores alone pools
+registry stores alone pools placing
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules strengths statistics
-training entries pruning compiled posthoc
+training entries pruning compiled posthoc rows twins
 recipe
 lane_state
 lane loaded describe space evaluation sections
+stacks
 steps
 heads contest
 ladder

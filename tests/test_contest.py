@@ -91,6 +91,34 @@ def test_compiled_passes_are_tried_only_where_asked_for(
     assert (way.execution, way.lanes) == ("compiled", 4)
 
 
+def test_groups_are_tried_and_taken_where_they_are_worth_it(
+    monkeypatch: pytest.MonkeyPatch, digits: Data
+) -> None:
+    in_groups = {("grouped", 8): 350_000.0, ("grouped", 16): 560_000.0, ("grouped", 32): 570_000.0}
+    found = measured(monkeypatch, digits, {**SATURATING, **in_groups})
+    tried = [(s.layout, s.lanes) for s in found if s.execution == "grouped"]
+    assert tried == list(product(LAYOUTS, (8, 16, 32)))
+    way = fastest(recipe().training, found)
+    assert (way.execution, way.lanes) == ("grouped", 16)
+    assert str(way) == "bfloat16 channels_last grouped, 16 side by side"
+
+
+def test_group_that_is_hardly_faster_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, digits: Data
+) -> None:
+    found = measured(monkeypatch, digits, {**SATURATING, ("grouped", 8): 420_000.0})
+    way = fastest(recipe().training, found)
+    assert (way.execution, way.lanes) == ("graph", 8)
+
+
+def test_group_has_no_more_seats_than_there_may_be_trials(
+    monkeypatch: pytest.MonkeyPatch, digits: Data
+) -> None:
+    found = measured(monkeypatch, digits, {**SATURATING, ("grouped", 8): 800_000.0})
+    assert fastest(recipe().training, found, most=8).execution == "grouped"
+    assert fastest(recipe().training, found, most=7).execution == "graph"
+
+
 def test_precision_that_the_study_fixes_is_kept(
     monkeypatch: pytest.MonkeyPatch, digits: Data
 ) -> None:

@@ -5,10 +5,8 @@ import torch
 from head_cases import CASES, loss_table, unlike
 from torch import Tensor
 
-from tuner.heads import row_of
-from tuner.heads._adaptive import GRADIENTS
-from tuner.heads._gradients import Batch, Table
 from tuner.losses import LOSSES, CrossEntropyLoss, FocalLoss, Loss
+from tuner.rows import GRADIENTS, Batch, Table, row_of
 
 COUNTS = torch.tensor([2000, 300, 40, 10, 5])
 LANES, CLASSES, SAMPLES = 3, len(COUNTS), 96

@@ -14,13 +14,13 @@ import torch
 from image_folders import dataset, photos
 from trainer_cases import VARIED, recipe, trained
 
-from tuner import checkpoint, lane, trainer
+from tuner import checkpoint, chunks, trainer
 from tuner.checkpoint import Snapshot
 from tuner.datasets import Data, StreamedImages
 from tuner.errors import TunerError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
-from tuner.steps import _graph
+from tuner.steps import _seated
 from tuner.trainer import EpochResult, Interrupted, epochs
 
 
@@ -95,7 +95,7 @@ def test_stop_at_the_last_step_of_an_epoch_finishes_the_epoch(digits: Data) -> N
 @pytest.fixture
 def _validation_of_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that takes too long to be finished after a request to stop."""
-    monkeypatch.setattr(lane, "EVALUATION_BATCH", 64)
+    monkeypatch.setattr(chunks, "EVALUATION_BATCH", 64)
     monkeypatch.setattr(trainer, "SHORT_SECONDS", 0.0)
 
 
@@ -123,7 +123,7 @@ def test_epoch_whose_validation_was_left_out_is_taken_up_at_its_end(
 def test_validation_that_is_almost_done_is_finished(
     digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "EVALUATION_BATCH", 64)
+    monkeypatch.setattr(chunks, "EVALUATION_BATCH", 64)
     which = recipe()
     length = steps_of_an_epoch(which, digits)
     results, interruption = stopped(which, digits, length)
@@ -136,7 +136,7 @@ def test_stop_is_asked_after_every_step_and_no_for_an_answer_changes_nothing(
 ) -> None:
     which, asked = recipe(), itertools.count()
     results = list(epochs(which, digits, stop=lambda: next(asked) < 0))
-    batches = -(-len(digits.validation) // lane.EVALUATION_BATCH)
+    batches = -(-len(digits.validation) // chunks.EVALUATION_BATCH)
     assert next(asked) == 4 * (steps_of_an_epoch(which, digits) + batches - 1)
     assert trained(which, digits).ends_as(results)
 
@@ -224,7 +224,7 @@ def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(
     assert whole.ends_as(rest)
     resident = source.build(tmp_path)
     assert trained(which, replace(resident, mean=data.mean, std=data.std)).ends_as(rest)
-    monkeypatch.setattr(lane, "EVALUATION_BATCH", 8)
+    monkeypatch.setattr(chunks, "EVALUATION_BATCH", 8)
     monkeypatch.setattr(trainer, "SHORT_SECONDS", 0.0)
     _, interruption = stopped(which, data, steps_of_an_epoch(which, data))
     assert interruption.step == steps_of_an_epoch(which, data)
@@ -237,7 +237,7 @@ def test_training_on_the_gpu_goes_on_with_its_own_dropout(
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(_graph, "CHUNK", 1)
+    monkeypatch.setattr(_seated, "CHUNK", 1)
     which, data = recipe(**VARIED["dropout"]), digits.to("cuda")
     whole = list(epochs(which, data, device="cuda"))
     _, interruption = stopped(which, data, 3, device="cuda")

@@ -16,7 +16,7 @@ from test_trainer_interruption import stopped
 from torch import Tensor, nn
 from trainer_cases import VARIED, recipe, trained
 
-from tuner import lane as lane_module
+from tuner import chunks
 from tuner.chunks import cached_batch, logits_in_chunks, number_of_chunks
 from tuner.datasets import Data
 from tuner.lane import Lane
@@ -231,5 +231,5 @@ def test_logits_are_the_same_whatever_is_evaluated_at_a_time(
 ) -> None:
     lane = Lane(recipe(model={"name": "mlp"}), digits, "cpu")
     whole = lane.logits(digits.validation.images)
-    monkeypatch.setattr(lane_module, "cached_batch", lambda *_: 7)
+    monkeypatch.setattr(chunks, "cached_batch", lambda *_: 7)
     torch.testing.assert_close(lane.logits(digits.validation.images), whole)

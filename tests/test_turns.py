@@ -13,6 +13,7 @@ import torch
 from conftest import MakeSession
 from fleet import slot
 from optuna.trial import TrialState
+from replayed import Replaying
 
 from tuner.backends import Speed
 from tuner.datasets import Data
@@ -224,6 +225,40 @@ def test_gpu_trains_side_by_side_what_it_trains_one_by_one(
     assert len(results(alone)) == 7
     spans = sorted((a["claimed_at"], a["ended_at"]) for a in together.ledger.attempts())
     assert any(later < end for (_, end), (later, _) in pairwise(spans)), "none beside another"
+
+
+def in_groups(*_: object) -> Speed:
+    return Speed("float32", "channels_last", 0.0, "grouped", 3)
+
+
+def test_trials_in_groups_end_as_each_in_a_group_without_others(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaying, seated = Replaying.by(monkeypatch), list[int]()
+    monkeypatch.setattr(full, "chosen", in_groups)
+    together, alone = make_session(**STUDY), make_session(name="alone", **STUDY)
+
+    def count(*_: object) -> None:
+        seated.extend(len(stack.lanes) for stack in replaying.stacks.stacks)
+
+    assert work(together, digits, on_epoch=count) == 7
+    assert max(seated) == 3
+    assert work(alone, digits, lanes=1) == 7
+    assert results(together) == results(alone)
+
+
+@pytest.mark.gpu
+def test_gpu_trains_in_groups_what_it_trains_one_by_one(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(full, "chosen", in_groups)
+    data = digits.to("cuda")
+    together, alone = make_session(**STUDY), make_session(name="alone", **STUDY)
+    assert work(together, data, device="cuda") == 7
+    assert work(alone, data, device="cuda", lanes=1) == 7
+    assert results(together) == results(alone)
 
 
 def test_stage_that_trials_share_is_trained_by_one_of_them_while_the_others_wait(

@@ -1,8 +1,8 @@
 """Which precision, layout and execution train fastest here: measured in a probe, never guessed.
 
 It compares precisions and layouts of one training. On a GPU that holds the images it also
-compares steps launched one by one with CUDA graphs, and finds how many trainings side by side fill
-the device (see ``tuner.contest``).
+compares steps launched one by one with CUDA graphs, finds how many trainings side by side fill the
+device, and whether they had better go in lockstep as one network (see ``tuner.contest``).
 
 What the probe finds is kept in a small file, so that the workers of a machine measure once, and
 decide alike. A trial's recipe says what it was trained with: its numbers do not depend on a probe
@@ -62,12 +62,13 @@ class Speed:
         return f"{self.precision} {self.layout}{how}"
 
     @property
-    def plainness(self) -> tuple[bool, bool, bool, int]:
+    def plainness(self) -> tuple[bool, bool, bool, bool, int]:
         """Smaller for what is simpler, or keeps more digits."""
         return (
             self.precision != PRECISIONS[0],
             self.layout != LAYOUTS[0],
             self.execution != "plain",
+            self.execution == "grouped",
             self.lanes,
         )
 
@@ -81,21 +82,25 @@ def settled(recipe: Recipe, data: Data, device: str) -> Recipe:
     return replace(recipe, training=replace(training, precision=best.precision, layout=best.layout))
 
 
-def chosen(recipe: Recipe, data: Data, device: str) -> Speed:
-    """How to execute a settled recipe, and how many of its like side by side."""
+def chosen(recipe: Recipe, data: Data, device: str, most: int | None = None) -> Speed:
+    """How to execute a settled recipe, and how many of its like side by side, at ``most``."""
     training = recipe.training
     if torch.device(device).type != "cuda":
         return Speed(training.precision, training.layout, 0.0)
-    return fastest(training, speeds(recipe, data, device))
+    return fastest(training, speeds(recipe, data, device), most)
 
 
-def fastest(training: Any, measured: list[Speed]) -> Speed:
-    """The plainest of the candidates that are nearly as fast as the fastest the training allows."""
+def fastest(training: Any, measured: list[Speed], most: int | None = None) -> Speed:
+    """The plainest of the candidates that are nearly as fast as the fastest the training allows.
+
+    With at ``most`` so many lanes at once a larger group would have empty seats.
+    """
     allowed = [
         speed
         for speed in measured
         if training.precision in ("auto", speed.precision)
         and training.layout in ("auto", speed.layout)
+        and (speed.execution != "grouped" or most is None or speed.lanes <= most)
     ]
     if not allowed:
         # Nothing worked, not even the plain one: out of memory, which training copes with.
@@ -136,7 +141,9 @@ def _key(recipe: Recipe, data: Data, device: str) -> str:
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
     shape = "x".join(map(str, (recipe.training.batch_size, *data.image_shape)))
     where = f"{_device_name(device)}, {torch.get_num_threads()} threads"
-    also = ", compiled too" if is_wanted() and torch.device(device).type == "cuda" else ""
+    also = ""
+    if torch.device(device).type == "cuda":
+        also = ", in groups and compiled too" if is_wanted() else ", in groups too"
     return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}{also}"
 
 

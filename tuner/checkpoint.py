@@ -89,7 +89,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
         ("groups", dict(enumerate(state["param_groups"]))),
     ):
         for index, given in parts.items():
-            entries = _as_numbers(given) if kind == "groups" else given
+            entries = {key: value for key, value in given.items() if key not in EXECUTION}
             values[kind][str(index)] = {
                 key: value for key, value in entries.items() if not isinstance(value, Tensor)
             }
@@ -99,21 +99,12 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, values
 
 
-def _as_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group of parameters whose learning rate may lie on a device, without what is its own."""
-    return {
-        key: value.item() if isinstance(value, Tensor) else value
-        for key, value in group.items()
-        if key not in EXECUTION
-    }
-
-
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
     """Put back what ``flatten_optimizer`` returned into an optimizer built alike.
 
-    How it computes, and on which device its learning rates lie, stays as it was built.
+    How it computes stays as it was built.
 
     Raises:
         CheckpointError: The state is of an optimizer over other parameters.
@@ -127,7 +118,7 @@ def restore_optimizer(
         parts[kind][int(index)][key] = tensor
     groups = [_tuples(parts["groups"][index]) for index in sorted(parts["groups"])]
     for own, group in zip(optimizer.param_groups, groups, strict=False):
-        _keep_execution(own, group)
+        group.update({key: own[key] for key in EXECUTION if key in own})
     try:
         _check_shapes(optimizer, parts["state"])
         optimizer.load_state_dict({"state": parts["state"], "param_groups": groups})
@@ -142,12 +133,6 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _keep_execution(own: Mapping[str, Any], group: dict[str, Any]) -> None:
-    group.update({key: own[key] for key in EXECUTION if key in own})
-    if isinstance(own["lr"], Tensor):
-        group["lr"] = torch.full_like(own["lr"], group["lr"])
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: Mapping[int, dict[str, Any]]) -> None:

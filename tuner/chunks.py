@@ -17,11 +17,22 @@ ResNet-20 takes 1.7 times as long for 512 images of 32x32 as for 256, and 2.2 ti
 as for 64.
 """
 FEWEST = 8
+EVALUATION_BATCH = 512
+LOADED_PIXELS = 2**22
+"""Of larger evaluation batches those loaded ahead would fill the memory that processes share."""
 
 
 def cached_batch(height: int, width: int) -> int:
     """Images of this size whose maps fit a processor's cache when nothing is learned from them."""
     return max(FEWEST, CACHED_PIXELS // (height * width))
+
+
+def evaluation_batch(height: int, width: int, device: torch.device) -> int:
+    """Images of this size that are judged at a time; a processor's cache holds few maps."""
+    fitting = LOADED_PIXELS // (height * width)
+    if device.type == "cpu":
+        fitting = cached_batch(height, width)
+    return max(1, min(EVALUATION_BATCH, fitting))
 
 
 def number_of_chunks(size: int, micro_batch: int | None) -> int:

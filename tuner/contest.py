@@ -1,4 +1,4 @@
-"""How fast a GPU trains a recipe, step by step or as graphs, alone and side by side."""
+"""How fast a GPU trains a recipe, step by step or as graphs, alone, side by side, in groups."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tuner.augment import Standard
 from tuner.compiled import is_wanted
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe
+from tuner.stacks import Stacks, is_groupable, kind_of
 from tuner.steps import Execution, Steps, steps_of
 
 STEPS = 16
@@ -38,10 +40,10 @@ def candidates(
 
     Formats are pairs of precision and layout. All are tried plainly where a single training
     fills the device, else with a few lanes of graphs; then the best one with fewer and more
-    lanes, and plainly.
+    lanes, plainly, and its precision in groups.
     """
     fills = _fills(recipe, data, device)
-    tried = []
+    formats, tried = list(formats), []
     for precision, layout in formats:
         training = replace(recipe.training, precision=precision, layout=layout)
         own = replace(recipe, training=training)
@@ -53,6 +55,11 @@ def candidates(
     if tried and not fills:
         images, best = max(tried, key=lambda pair: pair[0])
         yield from _around(best, data, device, images)
+        # Side by side as channels, images lie otherwise than alone: the best layout may differ.
+        for layout in dict.fromkeys(layout for _, layout in formats):
+            training = replace(best.training, layout=layout)
+            own = _as_in_groups(replace(best, training=training))
+            yield from _more(own, data, device, "grouped", 0.0)
 
 
 def _around(recipe: Recipe, data: Data, device: str, images: float) -> Iterator[Candidate]:
@@ -69,14 +76,29 @@ def _around(recipe: Recipe, data: Data, device: str, images: float) -> Iterator[
             yield *format_, found, "compiled", COMPARED
             execution = "compiled" if found > GAIN * images else "graph"
             images = max(images, found)
+    yield from _more(recipe, data, device, execution, images)
+
+
+def _more(
+    recipe: Recipe, data: Data, device: str, execution: Execution, images: float
+) -> Iterator[Candidate]:
+    """More and more lanes, until that gives little more than so many images per second."""
     for lanes in MORE:
         found = rate(recipe, data, device, execution, lanes)
         if found is None:
             return
-        yield *format_, found, execution, lanes
+        yield recipe.training.precision, recipe.training.layout, found, execution, lanes
         if found < GAIN * images:
             return
         images = found
+
+
+def _as_in_groups(recipe: Recipe) -> Recipe:
+    """The recipe without what has seats of its own: other recipes of its model may do without."""
+    augment = recipe.augment
+    if isinstance(augment, Standard):
+        augment = replace(augment, mixup=0.0, cutmix=0.0)
+    return replace(recipe, loss=recipe.loss.plain(), augment=augment)
 
 
 def _fills(recipe: Recipe, data: Data, device: str) -> bool:
@@ -110,14 +132,22 @@ def _rate(
 ) -> float:
     size = min(recipe.training.batch_size, len(data.train))
     batches = [torch.arange(size)] * steps
-    made = []
+    made, stacks = [], Stacks()
     for _ in range(lanes):
         lane = Lane(recipe, data, device)
         lane.begin_epoch()
-        made.append(steps_of(lane, execution))
+        _refuse_unlike(lane, execution)
+        made.append(steps_of(lane, execution, stacks, lanes))
     _all(made, batches[:2], device)
+    _refuse_unlike(lane, execution)
     took = _all(made, batches, device)
     return float(round(lanes * steps * size / took, 1))
+
+
+def _refuse_unlike(lane: Lane, execution: Execution) -> None:
+    """Do not measure something else where groups do not work, as is found out when they begin."""
+    if execution == "grouped" and not is_groupable(lane, kind_of(lane)):
+        raise NotImplementedError("its lanes cannot be trained in groups")
 
 
 def _all(made: list[Steps], batches: list[Tensor], device: str) -> float:

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 
 from tuner.augment import Drawn, StandardAugmenter, on_device
 from tuner.checkpoint import Snapshot
-from tuner.chunks import cached_batch, logits_in_chunks, number_of_chunks
+from tuner.chunks import evaluation_batch, logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images, ResidentImages
 from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
-from tuner.optim import for_device, set_rate
+from tuner.optim import for_device
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
 from tuner.training import batches_of, for_each_stage
 
-EVALUATION_BATCH = 512
-LOADED_PIXELS = 2**22
-"""Of larger evaluation batches those loaded ahead would fill the memory that processes share."""
 MAX_LOADERS = 4
 
 
@@ -34,17 +31,24 @@ class Lane:
 
     ``micro_batch`` is the largest number of images, at least 2, whose activations are in
     memory at a time; None for whole batches. It is no part of the recipe: see ``epochs``.
+    ``dtype`` is that of the weights; float64 is for tests.
     """
 
     def __init__(
-        self, recipe: Recipe, data: Data, device: str, *, micro_batch: int | None = None
+        self,
+        recipe: Recipe,
+        data: Data,
+        device: str,
+        *,
+        micro_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if micro_batch is not None and micro_batch < 2:
             raise ValueError(f"micro_batch must be at least 2, not {micro_batch}")
         self.recipe = recipe
         self.data = data
         self.device = torch.device(device)
-        self.micro_batch = micro_batch
+        self.micro_batch, self.dtype = micro_batch, dtype
         self.epoch = 0
         self.stage = 0
         self.compiles = False
@@ -75,7 +79,7 @@ class Lane:
                 data.num_classes, data.image_shape, head=recipe.loss.head
             )
         self._set_head_bias(model)
-        return model.to(self.device).to(memory_format=self._layout)  # type: ignore[call-overload, no-any-return]
+        return model.to(self.device, self.dtype).to(memory_format=self._layout)  # type: ignore[call-overload, no-any-return]
 
     def _build_sampler(self, component: Any, stage: int) -> Any:
         seed = derive_seed(self.recipe.seed, "sampler", stage)
@@ -174,13 +178,12 @@ class Lane:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
         targets = self.train_targets[indices.to(self.device)]
         for group, rate in zip(self.optimizer.param_groups, self.rates(share), strict=True):
-            set_rate(group, rate)
+            group["lr"] = rate
         if images is not None:
             images = images.to(self.device, non_blocking=True)
             inputs, soft = self.augment(images, targets, self.generator, self.progress)
         else:
-            _, height, width = self.data.image_shape
-            size = (height, width)
+            size = self.data.image_shape[1:]
             drawn = self.augment.draw(len(indices), size, self.generator, self.progress)
             inputs, soft = self.inputs(indices, targets, on_device(drawn, self.device))
         loss, losses = self.learn(inputs, soft, targets)
@@ -230,8 +233,8 @@ class Lane:
     def _training_logits(self, inputs: Tensor) -> Tensor:
         chunks = number_of_chunks(len(inputs), self.micro_batch)
         if chunks > 1:
-            return logits_in_chunks(self._forward, inputs, chunks, self.model)
-        return self._forward(inputs, compiled(self.model, self.kind) if self.compiles else None)
+            return logits_in_chunks(self.forward, inputs, chunks, self.model)
+        return self.forward(inputs, compiled(self.model, self.kind) if self.compiles else None)
 
     @property
     def kind(self) -> str:
@@ -240,12 +243,13 @@ class Lane:
         training, shape = self.recipe.training, self.data.image_shape
         return f"{model} {self.recipe.loss.head} {shape} {training.precision} {training.layout}"
 
-    def _forward(self, inputs: Tensor, run: Forward | None = None) -> Tensor:
-        inputs = inputs.contiguous(memory_format=self._layout)
+    def forward(self, inputs: Tensor, run: Forward | None = None) -> Tensor:
+        """Logits of augmented images by the model, or by ``run`` in its place."""
+        inputs = inputs.to(self.dtype).contiguous(memory_format=self._layout)
         half = self.recipe.training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
             logits: Tensor = (run or self.model)(inputs)
-        return logits.float()
+        return logits.to(self.dtype)
 
     def rates(self, share: float) -> list[float]:
         """Learning rate of each parameter group at ``share`` of the epoch."""
@@ -272,17 +276,13 @@ class Lane:
                 if parts:
                     between(len(parts) / len(batches))
                 inputs = self.augment.normalize(batch.to(self.device, non_blocking=True))
-                parts.append(self._forward(inputs))
+                parts.append(self.forward(inputs))
         scale: float = self.recipe.loss.output_scale()
         return torch.cat(parts).cpu() * scale
 
     def _evaluation_batch(self) -> int:
-        """Without gradients twice the images fit; on a processor, few maps fit into its cache."""
-        _, height, width = self.data.image_shape
-        fitting = LOADED_PIXELS // (height * width)
-        if self.device.type == "cpu":
-            fitting = cached_batch(height, width)
-        most = max(1, min(EVALUATION_BATCH, fitting))
+        """Without gradients twice the images fit."""
+        most = evaluation_batch(*self.data.image_shape[1:], self.device)
         return min(most, 2 * (self.micro_batch or most))
 
     def snapshot(self) -> Snapshot:

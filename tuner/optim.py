@@ -36,40 +36,11 @@ def for_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Let an optimizer compute as suits the device; what it computes stays the same.
 
     Fused where torch can: a step is a few kernels on a GPU, and takes half the time on a
-    processor. On a GPU it can also run inside a graph.
-    """
-    if device.type == "cuda":
-        for_graphs(optimizer, device)
-    elif device.type == "cpu":
-        for group in optimizer.param_groups:
-            _fuse(group)
-
-
-def for_graphs(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let an optimizer run inside a graph: its learning rates are tensors on the device.
-
-    One that knows no such option is left as it is, and computes as its author meant.
+    processor.
     """
     for group in optimizer.param_groups:
-        if _fuse(group):
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
-        if "capturable" in group:
-            group["capturable"] = True
-
-
-def _fuse(group: dict[str, Any]) -> bool:
-    """Whether the optimizer of a group can compute in fused kernels; then it does."""
-    if "fused" in group:
-        group["fused"], group["foreach"] = True, False
-    return "fused" in group
-
-
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Set the learning rate of a parameter group, in place where it lies on a device."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+        if "fused" in group and device.type in ("cpu", "cuda"):
+            group["fused"], group["foreach"] = True, False
 
 
 OPTIMIZERS: Registry[OptimizerComponent] = Registry("optimizer")

@@ -10,9 +10,10 @@ import torch
 from optuna.trial import FixedTrial
 
 from tuner.backends import chosen
+from tuner.chunks import EVALUATION_BATCH
 from tuner.datasets import Data
 from tuner.entries import Choice, Entry, Fixed, Range
-from tuner.lane import EVALUATION_BATCH, Lane
+from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.rungs.memory import is_out_of_memory
 from tuner.space import Space

@@ -17,7 +17,7 @@ from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.seeding import repeatable
-from tuner.steps import Execution, Steps, steps_of
+from tuner.steps import Execution, Stacks, Steps, steps_of
 
 Stop = Callable[[], bool]
 NAP_SECONDS = 2e-4
@@ -70,6 +70,8 @@ def epochs(
     stop: Stop = lambda: False,
     micro_batch: int | None = None,
     execution: Execution = "auto",
+    stacks: Stacks | None = None,
+    seats: int = 1,
 ) -> Iterator[EpochResult]:
     """Train ``recipe`` on ``data``, epoch after epoch, from the start or from a snapshot.
 
@@ -92,6 +94,8 @@ def epochs(
             batch norm sees chunks and dropout draws per chunk, and every step makes a second
             forward pass. Snapshots taken with and without it are interchangeable.
         execution: How steps are executed; see ``steps_of``.
+        stacks: Where this training may find a seat; see ``steps_of``.
+        seats: Of the stack, if ``execution`` is "grouped".
 
     Raises:
         Interrupted: ``stop`` said so within an epoch.
@@ -107,6 +111,8 @@ def epochs(
         stop=stop,
         micro_batch=micro_batch,
         execution=execution,
+        stacks=stacks,
+        seats=seats,
     ):
         if result is None:
             time.sleep(NAP_SECONDS)
@@ -123,6 +129,8 @@ def epochs_in_turns(
     stop: Stop = lambda: False,
     micro_batch: int | None = None,
     execution: Execution = "auto",
+    stacks: Stacks | None = None,
+    seats: int = 1,
 ) -> Generator[EpochResult | None, None, None]:
     """``epochs`` for one of several trainings on a device: None where it would wait.
 
@@ -131,22 +139,22 @@ def epochs_in_turns(
     lane = Lane(recipe, data, device, micro_batch=micro_batch)
     if resume is not None:
         lane.restore(resume)
-    steps = steps_of(lane, execution)
-    while lane.epoch < recipe.epochs:
-        epoch = _Epoch(lane, steps, resume)
-        resume = None
-        train_loss = yield from epoch.train(stop)
-        logits = epoch.logits(stop)
-        lane.end_epoch()
-        yield EpochResult(
-            epoch=lane.epoch - 1,
-            progress=lane.epoch / recipe.epochs,
-            train_loss=train_loss,
-            logits=logits,
-            samples=epoch.samples,
-            seconds=epoch.seconds,
-            lane=lane,
-        )
+    with closing(steps_of(lane, execution, stacks, seats)) as steps:
+        while lane.epoch < recipe.epochs:
+            epoch = _Epoch(lane, steps, resume)
+            resume = None
+            train_loss = yield from epoch.train(stop)
+            logits = epoch.logits(stop)
+            lane.end_epoch()
+            yield EpochResult(
+                epoch=lane.epoch - 1,
+                progress=lane.epoch / recipe.epochs,
+                train_loss=train_loss,
+                logits=logits,
+                samples=epoch.samples,
+                seconds=epoch.seconds,
+                lane=lane,
+            )
 
 
 class _LeftOutError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tuner.heads._features import Features, cached_features
-from tuner.heads._rows import Row, row_of
 from tuner.heads._settings import COHORT, HeadTraining
 from tuner.heads._train import HeadResult, train_heads
 
@@ -12,8 +11,6 @@ __all__ = [
     "Features",
     "HeadResult",
     "HeadTraining",
-    "Row",
     "cached_features",
-    "row_of",
     "train_heads",
 ]

@@ -1,4 +1,4 @@
-"""What another device than the CPU asks for: copies nobody waits for, stacks of one size.
+"""What another device than the CPU asks for: stacks of one size, many steps made at once.
 
 A GPU computes a batched product, or a sum, in an order that depends on how much of it there is.
 So there a stack has always as many lanes as there may be, and those that are left over repeat
@@ -11,20 +11,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 Item = TypeVar("Item")
 
-CPU = torch.device("cpu")
 AHEAD = 2**25
 """Numbers of the inputs and classes of steps ahead that a GPU makes at once."""
-
-
-def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``; a GPU is not waited for."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def seats(number: int, lanes: int, device: torch.device) -> int:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tuner.heads._device import placed
-from tuner.heads._gradients import Batch, Table
 from tuner.heads._plans import Plan, own_planner
-from tuner.heads._rows import Row, bare_row, row_of
 from tuner.heads._work import Material, Order
+from tuner.placing import placed
+from tuner.rows import Batch, Row, Table, bare_row, row_of
 
 CHUNK = 64
 """Steps that are planned ahead at most."""

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tuner.heads._adaptive import GRADIENTS
-from tuner.heads._device import filled, placed, seats
-from tuner.heads._gradients import Batch, Gradient, Table
+from tuner.heads._device import filled, seats
 from tuner.heads._lane import Lane, chunk_of
-from tuner.heads._rows import Kind
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
+from tuner.placing import placed
+from tuner.rows import GRADIENTS, Batch, Gradient, Kind, Table
 
 
 def train_own(

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from tuner.datasets import Data
 from tuner.imbalance import Groups, class_priors
 from tuner.recipe import Recipe
+from tuner.rows import lines
 from tuner.samplers import ClassSampler, SamplerComponent
 from tuner.seeding import derive_seed, generator
 
@@ -38,17 +39,6 @@ class Mixture(SamplerComponent):
 
 
 MIXTURE = Mixture()
-LINE = 32
-"""Samples and features are filled up to multiples of so many, two vectors of any processor.
-
-The bits of what is computed then do not depend on where in a stack it stands: the ends of
-tensors are computed with other instructions.
-"""
-
-
-def lines(number: int) -> int:
-    """``number``, filled up to whole lines."""
-    return -(-number // LINE) * LINE
 
 
 def sampler_of(recipe: Recipe) -> SamplerComponent:
@@ -67,7 +57,7 @@ class Plan:
     """Samples of an epoch's steps: places in the features (S, B), classes (S, B).
 
     ``images`` are the places without the copy; ``sizes`` (S,) says how many samples of each
-    step are real, the rest fill up: B is a multiple of ``LINE``.
+    step are real, the rest fill up: B is in whole ``lines``.
     """
 
     places: Tensor

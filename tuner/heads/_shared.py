@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tuner.heads._adaptive import GRADIENTS
-from tuner.heads._device import filled, placed
-from tuner.heads._gradients import Batch
-from tuner.heads._plans import MIXTURE, Plan, lines, sampler_of, shared_planner
-from tuner.heads._rows import Kind, row_of
+from tuner.heads._device import filled
+from tuner.heads._plans import MIXTURE, Plan, sampler_of, shared_planner
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
+from tuner.placing import placed
+from tuner.rows import GRADIENTS, Batch, Kind, lines, row_of
 
 
 def train_shared(

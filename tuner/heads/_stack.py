@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tuner.heads._device import placed
-from tuner.heads._gradients import Table
 from tuner.heads._settings import COSINE_PACE, MOMENTUM, WEIGHT_DECAY
 from tuner.models import CosineHead, Head
+from tuner.placing import placed
+from tuner.rows import Table
 from tuner.seeding import seeded
 
 TINY = 1e-12
@@ -21,7 +21,7 @@ class Stack:
     The matrix products are batched: each lane's has the same shape wherever it lies and however
     many there are, so that its bits are the same. One large product would be faster (by up to
     1.4 where classes are few) but leaves the bits to where a library draws its blocks. For the
-    same reason the width is in whole lines, see ``tuner.heads._plans``; of it, ``features``
+    same reason the width is in whole lines, see ``tuner.rows``; of it, ``features``
     are real and the rest zero.
     """
 

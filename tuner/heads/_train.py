@@ -11,12 +11,12 @@ from tuner.datasets import Data
 from tuner.heads._features import Features
 from tuner.heads._own import train_own
 from tuner.heads._plans import is_by_class, sampler_of
-from tuner.heads._rows import Kind, row_of
 from tuner.heads._settings import HeadTraining
 from tuner.heads._shared import train_shared
 from tuner.heads._work import HeadResult, Material, Order, Stop
 from tuner.models import Head
 from tuner.recipe import Recipe
+from tuner.rows import Kind, row_of
 
 __all__ = ["HeadResult", "train_heads"]
 

@@ -12,12 +12,12 @@ from torch.nn.functional import normalize, pad
 from tuner.datasets import Data
 from tuner.heads._device import at_once, seats
 from tuner.heads._features import Features
-from tuner.heads._plans import lines
 from tuner.heads._settings import HeadTraining
 from tuner.heads._stack import Stack
 from tuner.losses import Loss
 from tuner.models import Head
 from tuner.recipe import Recipe
+from tuner.rows import lines
 
 Stop = Callable[[], bool]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tuner.models._base import MODELS
 from tuner.models._classifier import Classifier, Head, ImageShape, classifier
-from tuner.models._layers import GlobalMean, subsampled
+from tuner.models._layers import GlobalMean, subsampled, with_channels
 from tuner.registry import component
 
 WIDTHS = (16, 32, 64)
@@ -17,8 +17,11 @@ class Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut without parameters (option A of the paper).
 
     Where the block has a stride, the shortcut takes every second pixel and fills the new
-    channels with zeros, half of them on either side.
+    channels with zeros, half of them on either side. ``models`` is the number of models whose
+    channels stand side by side: see ``tuner.twins``.
     """
+
+    models = 1
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -38,8 +41,8 @@ class Block(nn.Module):
         if self.stride == 1:
             return images
         before = self.new_channels // 2
-        padding = [0, 0, 0, 0, before, self.new_channels - before]
-        return F.pad(subsampled(images, self.stride), padding)
+        after = self.new_channels - before
+        return with_channels(subsampled(images, self.stride), before, after, self.models)
 
 
 def _backbone(channels: int, blocks: int) -> nn.Module:

@@ -102,7 +102,7 @@ def _run(
         return _copy(attempt, known)
     while True:
         beside, micro_batch = slot.beside, slot.micro_batch
-        training = Training(attempt, recipe, data, slot, way.execution)
+        training = Training(attempt, recipe, data, slot, way)
         try:
             done = yield from training.run(stop, on_epoch)
         except NonFiniteError as error:
@@ -114,6 +114,7 @@ def _run(
         else:
             return _conclude(attempt, training, done)
         del training
+        slot.stacks.free()
         free(slot.device)
         if beside() > 1:
             return _make_room(slot, attempt)
@@ -127,10 +128,10 @@ def _way(slot: Slot, recipe: Recipe) -> Speed:
         name = torch.cuda.get_device_name(slot.device).replace(" ", "-")
         with contextlib.suppress(StoreError):
             fetch(slot.session.store, name)
-            found = chosen(recipe, slot.data, slot.device)
+            found = chosen(recipe, slot.data, slot.device, slot.most)
             keep(slot.session.store, name)
             return found
-    return chosen(recipe, slot.data, slot.device)
+    return chosen(recipe, slot.data, slot.device, slot.most)
 
 
 def _make_room(slot: Slot, attempt: Attempt) -> Outcome:

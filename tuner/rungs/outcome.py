@@ -15,6 +15,7 @@ from tuner.ladder import HasAttributes
 from tuner.pulse import Pulse
 from tuner.rungs.peers import Peers
 from tuner.session import Session
+from tuner.stacks import Stacks
 from tuner.trained import Backbone
 from tuner.trainer import EpochResult
 
@@ -42,7 +43,7 @@ class Slot:
     Trials are trained ``side_by_side``, as many as suit the last recipe, but at most ``most``,
     once memory set that limit; ``beside`` says how many there are just now. Not before
     ``ask_again`` is the queue worth another look. ``stages`` are the keys of the shared stages
-    that trials here are training.
+    that trials here are training, ``stacks`` what trials on a GPU have seats in.
     """
 
     session: Session
@@ -57,6 +58,7 @@ class Slot:
     most: int | None = None
     ask_again: float = 0.0
     stages: set[str] = field(default_factory=set)
+    stacks: Stacks = field(default_factory=Stacks)
     folds: dict[int, Data] = field(default_factory=dict)
     beside: Callable[[], int] = lambda: 1
 

@@ -11,6 +11,7 @@ from typing import Any
 from optuna.trial import Trial
 
 from tuner import artifacts
+from tuner.backends import Speed
 from tuner.checkpoint import Snapshot
 from tuner.datasets import Data
 from tuner.evaluation import Assessment, assess_validation
@@ -22,7 +23,6 @@ from tuner.rungs import shared
 from tuner.rungs.attempt import Attempt
 from tuner.rungs.outcome import Slot
 from tuner.seeding import derive_seed
-from tuner.steps import Execution
 from tuner.stores import StoreError
 from tuner.trainer import EpochResult, Interrupted, epochs_in_turns
 
@@ -62,12 +62,12 @@ class Training:
     """
 
     def __init__(
-        self, attempt: Attempt, recipe: Recipe, data: Data, slot: Slot, execution: Execution
+        self, attempt: Attempt, recipe: Recipe, data: Data, slot: Slot, way: Speed
     ) -> None:
         self.attempt, self.recipe, self.data = attempt, recipe, data
         self.slot, self.device = slot, slot.device
         self.peers, self.beside = slot.peers, slot.beside
-        self.micro_batch, self.execution = slot.micro_batch, execution
+        self.micro_batch, self.way = slot.micro_batch, way
         self.session = attempt.session
         self.store = self.session.trial_store(attempt.number)
         self.identity = self.session.identity()
@@ -129,7 +129,9 @@ class Training:
             resume=resume,
             stop=over,
             micro_batch=self.micro_batch,
-            execution=self.execution,
+            execution=self.way.execution,
+            stacks=self.slot.stacks,
+            seats=self.way.lanes,
         )
         try:
             for result in training:

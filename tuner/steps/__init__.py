@@ -1,6 +1,6 @@
-"""How the steps of a lane are executed: one after another, or as CUDA graphs on a stream.
+"""How the steps of a lane are executed: one after another, or as CUDA graphs in a seat of a stack.
 
-Both give the same numbers for the same lane; which is faster, ``tuner.backends`` measures.
+All give the same numbers up to rounding; which is fastest, ``tuner.backends`` measures.
 """
 
 from __future__ import annotations
@@ -9,22 +9,29 @@ from typing import Literal
 
 from tuner.datasets import ResidentImages
 from tuner.lane import Lane
+from tuner.stacks import Stacks
 from tuner.steps._base import Steps
-from tuner.steps._graph import GraphSteps
 from tuner.steps._plain import PlainSteps
+from tuner.steps._seated import SeatedSteps
 
-__all__ = ["Execution", "GraphSteps", "PlainSteps", "Steps", "steps_of"]
+__all__ = ["Execution", "PlainSteps", "SeatedSteps", "Stacks", "Steps", "steps_of"]
 
-Execution = Literal["auto", "plain", "graph", "compiled"]
+Execution = Literal["auto", "plain", "graph", "compiled", "grouped"]
 
 
-def steps_of(lane: Lane, execution: Execution = "auto") -> Steps:
+def steps_of(
+    lane: Lane, execution: Execution = "auto", stacks: Stacks | None = None, seats: int = 1
+) -> Steps:
     """What executes the steps of ``lane``: graphs where they can be, unless told otherwise.
 
     Graphs need a CUDA device, whole batches and images that lie on the device. "compiled" are
-    graphs of passes that torch.compile made.
+    graphs of passes that torch.compile made; "grouped" those of ``seats`` lanes in lockstep, whose
+    layers are one, see ``tuner.twins``. Lanes that share ``stacks`` overwrite each other's seats
+    there, and sit beside each other; without, the lane has some of its own.
     """
     lane.compiles = execution == "compiled"
     resident = isinstance(lane.data.train.images, ResidentImages)
     possible = lane.device.type == "cuda" and lane.micro_batch is None and resident
-    return GraphSteps(lane) if possible and execution != "plain" else PlainSteps(lane)
+    if not possible or execution == "plain":
+        return PlainSteps(lane)
+    return SeatedSteps(lane, stacks or Stacks(), seats if execution == "grouped" else 1)

@@ -32,5 +32,8 @@ class Steps(Protocol):
     def settle(self, done: int) -> int:
         """Wait until nothing is under way; the steps that are done then, at least ``done``."""
 
+    def close(self) -> None:
+        """Leave the lane to itself: it is over, or goes on elsewhere."""
+
     def random_state(self) -> dict[str, Tensor]:
         """State of the random numbers that the model draws, between two steps."""

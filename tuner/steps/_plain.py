@@ -43,6 +43,9 @@ class PlainSteps:
         """See ``Steps``."""
         return done
 
+    def close(self) -> None:
+        """See ``Steps``; there is nothing to leave."""
+
     def random_state(self) -> dict[str, Tensor]:
         """The global generators, of the CPU and of the device."""
         return random_state(self.lane.device)

@@ -1,4 +1,4 @@
-"""What graphs need of a CUDA device: a stream, a memory pool and a generator of the lane's own."""
+"""What graphs need of a CUDA device: a stream, a memory pool and a generator of their own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import Tensor
 from tuner.seeding import drawing_from, generator_state
 
 
+class Uncapturable(Exception):
+    """A step cannot be a graph; the text says why."""
+
+
 class Mark(Protocol):
-    """A place in a lane's work."""
+    """A place in the work of a stream."""
 
     def query(self) -> bool:
         """Whether the device has come past it."""
@@ -28,8 +32,11 @@ class GraphDevice(Protocol):
     def work(self) -> Any:
         """A context: what is launched inside comes after everything that was launched outside."""
 
+    def join(self) -> None:
+        """Let what is launched outside from now on come after what was launched inside."""
+
     def drawing(self) -> Any:
-        """A context in which the model draws from the lane's own generator."""
+        """A context in which the model draws from the generator of this stream."""
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """What a step launches, as one launch; the step itself is not executed."""
@@ -38,10 +45,10 @@ class GraphDevice(Protocol):
         """The place that was launched to so far, inside ``work``."""
 
     def reseed(self, seed: int, random: Mapping[str, Tensor] | None) -> None:
-        """Let the lane's generator begin at ``seed``, or go on at a ``random_state``."""
+        """Let the generator begin at ``seed``, or go on at a ``random_state``."""
 
     def random_state(self) -> dict[str, Tensor]:
-        """State of the lane's generator."""
+        """State of the generator."""
 
 
 class CudaGraphs:
@@ -59,6 +66,10 @@ class CudaGraphs:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
+
+    def join(self) -> None:
+        """See ``GraphDevice``."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def drawing(self) -> Any:
         """See ``GraphDevice``."""

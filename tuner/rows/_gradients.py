@@ -7,15 +7,15 @@ Every operation treats lanes alike and apart: a lane's numbers do not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tuner.heads._device import CPU, placed
-from tuner.heads._rows import Row
+from tuner.placing import CPU, placed
+from tuner.rows._rows import Row
 
 VECTORS = ("weight", "mult", "add", "margin", "eps", "spared")
 NUMBERS = ("gamma", "gamma_neg", "floor", "half_life")
@@ -47,17 +47,28 @@ class Batch:
 
 
 class Table:
-    """The rows of all lanes: set on the CPU, and on the lanes' device as of the last ``note``."""
+    """The rows of all lanes: set on the CPU, and on the lanes' device as of the last ``note``.
+
+    Of one that is ``recorded`` the steps are in a graph: they find rows and state where they were,
+    and leave nothing out that some later row may need.
+    """
 
     def __init__(
-        self, lanes: int, classes: int, dtype: torch.dtype, device: torch.device = CPU
+        self,
+        lanes: int,
+        classes: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        *,
+        recorded: bool = False,
     ) -> None:
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.recorded = dtype, device, recorded
         self.vectors = torch.zeros(len(VECTORS), lanes, classes, dtype=dtype)
         self.numbers = torch.zeros(len(NUMBERS), lanes, 1, 1, dtype=dtype)
         self.state = {
             name: torch.zeros(lanes, classes, dtype=dtype, device=device) for name in STATE
         }
+        self.noted: tuple[Tensor, ...] = ()
         self.note()
 
     def admit(self, lane: int) -> None:
@@ -79,14 +90,18 @@ class Table:
         """
         vectors = dict(zip(VECTORS, self.vectors, strict=True))
         numbers = dict(zip(NUMBERS, self.numbers, strict=True))
-        self.scaled = bool((vectors["mult"] != 1).any())
-        self.margins = bool((vectors["margin"] != 0).any())
-        self.focal = bool((numbers["gamma"] != 0).any())
+        self.scaled = self.recorded or bool((vectors["mult"] != 1).any())
+        self.margins = self.recorded or bool((vectors["margin"] != 0).any())
+        self.focal = self.recorded or bool((numbers["gamma"] != 0).any())
         self.half_life = numbers["half_life"]
-        self.acting: dict[str, Tensor] = dict(
-            zip(VECTORS, placed(self.vectors, self.device), strict=True)
-        )
-        self.acting |= dict(zip(NUMBERS, placed(self.numbers, self.device), strict=True))
+        there = placed(self.vectors, self.device), placed(self.numbers, self.device)
+        if self.recorded and self.noted:
+            for known, new in zip(self.noted, there, strict=True):
+                known.copy_(new)
+        else:
+            self.noted = there
+        self.acting: dict[str, Tensor] = dict(zip(VECTORS, self.noted[0], strict=True))
+        self.acting |= dict(zip(NUMBERS, self.noted[1], strict=True))
 
     def decay(self, sizes: Tensor) -> Tensor:
         """What running sums keep, (S, K, 1), after batches of ``sizes`` (S, 1 or K) samples."""
@@ -126,6 +141,24 @@ def softmax_gradient(
         steep, losses = _focal(log_p, log_q, losses, table["gamma"])
         weight = weight * steep
     return p.sub_(batch.hit).mul_(weight), losses if value else None
+
+
+def plain_gradient(
+    u: Tensor, batch: Batch, table: Table, parts: Collection[str]
+) -> tuple[Tensor, Tensor]:
+    """``softmax_gradient`` of lanes that are not focal, in as few operations as they need.
+
+    These are, by the names in ``parts``: "margins" and "weighted". To leave one out that no lane
+    needs changes no bit.
+    """
+    if "margins" in parts:
+        u = u.addcmul_(batch.hit, batch.pick(table["margin"]), value=-1)
+    weight = batch.weight
+    if "weighted" in parts:
+        weight = weight * batch.pick(table["weight"])
+    log_p = torch.log_softmax(u, 1)
+    losses = log_p.gather(1, batch.targets[:, None]).mul_(weight).neg_()
+    return log_p.exp_().sub_(batch.hit).mul_(weight), losses
 
 
 def _own(u: Tensor, p: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

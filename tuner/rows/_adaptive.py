@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tuner.heads._gradients import (
+from tuner.losses import equalization_draws
+from tuner.rows._gradients import (
     Batch,
     Gradient,
     Table,
@@ -15,8 +16,7 @@ from tuner.heads._gradients import (
     smooth_gradient,
     softmax_gradient,
 )
-from tuner.heads._rows import EQUALIZATION_SEED, Kind
-from tuner.losses import equalization_draws
+from tuner.rows._rows import EQUALIZATION_SEED, Kind
 
 
 def spared_gradient(
@@ -60,7 +60,8 @@ def _observe(missed: Tensor, batch: Batch, table: Table) -> None:
     for name, now in sums.items():
         table.state[name].mul_(batch.decay).add_(now)
     missed, seen = table.state["missed"], table.state["seen"]
-    table.state["rate"] = torch.where(seen > 0, missed / seen, table.state["rate"])
+    rate = table.state["rate"]
+    rate.copy_(torch.where(seen > 0, missed / seen, rate))
 
 
 GRADIENTS: Mapping[Kind, Gradient] = {
