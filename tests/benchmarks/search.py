@@ -160,10 +160,12 @@ def _phases(session: Session, ended: Moments, began: float) -> str:
         if trial.number in ended:
             by_rung[rung_of(trial)].append(ended[trial.number] - began)
     head, full = by_rung["head"] or [math.nan], by_rung["full"]
+    given_up = sum(rung_of(trial) == "full" for trial in session.trials(TrialState.PRUNED))
     return (
-        f"{len(by_rung['head'])} trials of the head rung, {len(full)} of the full one and "
-        f"{len(by_rung['confirm'])} to confirm; baseline after {min(full):.1f} s, head rung over "
-        f"after {max(head):.1f} s, full rung after {max(full):.1f} s"
+        f"{len(by_rung['head'])} trials of the head rung, {len(full)} of the full one "
+        f"({given_up} pruned) and {len(by_rung['confirm'])} to confirm; baseline after "
+        f"{min(full):.1f} s, head rung over after {max(head):.1f} s, full rung after "
+        f"{max(full):.1f} s"
     )
 
 
