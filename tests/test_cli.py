@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_folders import photos
 
 from tuner.cli import main
 from tuner.errors import TunerError
@@ -87,6 +88,12 @@ def test_run_with_two_slots_shares_the_trials_out_and_shows_what_they_found(
     slots = together.json("workers", "small", "--all")
     assert {slot["state"] for slot in slots} == {"left"}
     assert {slot["worker"].rpartition("/")[2] for slot in slots} <= {"0", "1"}
+
+
+def test_help_begins_with_what_is_needed_first(tuner: Tuner) -> None:
+    text, _ = tuner("--help")
+    commands = [name for name in re.findall(r"^│ (\w+) ", text, flags=re.M) if name != "launch"]
+    assert commands[:5] == ["check", "run", "create", "worker", "status"]
 
 
 def test_status_counts_trials_of_one_study_and_of_all(tuner: Tuner) -> None:
@@ -183,7 +190,12 @@ def test_storage_comes_from_the_environment_unless_an_option_names_it(tuner: Tun
         (("status", "--storage", "what?"), "no database URL"),
         (("export", "small", "--trial", "99", "-o", "x"), "trial 99 is not complete"),
         (("train", "missing.toml"), "missing.toml: no such file"),
-        (("run", "small.toml", "--device", "tpu9"), "--device tpu9"),
+        (
+            ("run", "small.toml", "--device", "tpu9"),
+            "--device tpu9: no device has such a name; give",
+        ),
+        (("run", "small.toml", "--storage", "nope"), "the storage is no database URL"),
+        (("run", "small.toml", "--storage", "sqlite:///small.toml/new/x.db"), "cannot be made"),
         (("list", "lossses"), "did you mean 'losses'"),
     ],
 )
@@ -215,3 +227,16 @@ def test_password_is_in_no_output(tuner: Tuner) -> None:
         out, err = tuner(*debug, "status", code=1, TUNER_STORAGE=url)
         assert "someone" in err
         assert "s3cret" not in out + err
+
+
+def test_large_photos_are_read_without_a_warning_of_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
+    photos(tmp_path / "photos", {"cat": 30, "dog": 20})
+    data = 'name = "image_folder"\nroot = "photos"\nimage_size = 8\n'
+    made = Tuner(tmp_path)
+    text = STUDY.replace('name = "digits"\nprofile = { name = "exponential", ratio = 10 }\n', data)
+    (tmp_path / "small.toml").write_text(text)
+    # In tests a warning is an error, so that the images would be broken.
+    assert "data image_folder: 2 classes" in made("check", "small.toml", "--load")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
 import struct
@@ -59,6 +61,29 @@ def test_broken_folders_are_refused_with_the_path(tmp_path: Path, kind: str, mes
     with pytest.raises(DataError, match=message) as error:
         folder(where, test_fraction=0).build()
     assert path in str(error.value)
+
+
+def test_folder_within_a_folder_is_told_from_a_single_class(tmp_path: Path) -> None:
+    photos(tmp_path / "download" / "photos", {"cat": 5, "dog": 5})
+    with pytest.raises(DataError, match=r"only \('photos'\).*/download/photos are the classes"):
+        folder(tmp_path / "download").build()
+
+
+@pytest.mark.parametrize("which", ["", "cat", "cat/more"])
+def test_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    photos(tmp_path / "set", {"cat": 5, "dog": 5, "cat/more": 2})
+    closed, real = tmp_path / "set" / which, os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=rf"{closed}: cannot be read \(Permission denied\)"):
+        folder(tmp_path / "set").build()
 
 
 def test_a_test_class_that_is_not_trained_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -38,12 +39,16 @@ from tuner.steps import Execution
 
 PRECISIONS, LAYOUTS = ("float32", "bfloat16"), ("channels_last", "contiguous")
 ROUNDS = 4
+ENOUGH_SECONDS = 5.0
+"""After so long there are no more rounds: what takes long is told apart by few."""
 PIXELS = 2**17
 SMALLEST = 8
 HOPELESS = 4.0
 """How far behind with a few images leaves a candidate out."""
 WORTH = 1.05
 """How much faster than a plainer choice another one must be."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, 
         known: list[dict[str, Any]] | None = _read(_file()).get(key)
         if known is not None:
             return known
+        name = dump_component("model", recipe.model)["name"]
+        log.info("measuring how this machine trains the model %s fastest, once for all", name)
         resident = isinstance(data.train.images, ResidentImages)
         side_by_side = resident and torch.device(device).type == "cuda"
         measured = _side_by_side if side_by_side else _one_by_one
@@ -191,9 +198,12 @@ def _one_by_one(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
             times.pop(candidate, None)
     sizes = {candidate: most if candidate in steps else few for candidate in times}
     times |= {candidate: [step(most)] for candidate, step in steps.items()}
+    began = time.monotonic()
     for _ in range(ROUNDS):
         for candidate, step in steps.items():
             times[candidate].append(step(most))
+        if time.monotonic() - began > ENOUGH_SECONDS:
+            break
     for candidate, seconds in times.items():
         yield Speed(*candidate, round(sizes[candidate] / min(seconds), 1))
 

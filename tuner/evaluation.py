@@ -115,9 +115,10 @@ def certainty(data: Data) -> list[str]:
         shown = ", ".join(few[:SHOWN]) + (f" and {len(few) - SHOWN} more" * (len(few) > SHOWN))
         lines.append(f"fewer than {FEW} validation images, so a class says little alone: {shown}")
     if tail is not None and tail < CERTAIN:
+        images = int(counts[list(data.groups.tail)].sum())
         lines.append(
-            f"the tail has {int(counts[list(data.groups.tail)].sum())} validation images: at 50 % "
-            f"its accuracy has a standard error of {50 / tail**0.5:.1f} points"
+            f"the tail has {images} validation image{'s' * (images != 1)}: at 50 % its accuracy "
+            f"has a standard error of {50 / tail**0.5:.1f} points"
         )
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FixedTrial
@@ -11,6 +11,8 @@ from tuner.datasets import Data
 from tuner.errors import DataError, TunerError
 from tuner.seeding import seeded
 from tuner.study import StudyFile
+
+SHOWN = 5
 
 
 def check_data(attrs: Mapping[str, Any], data: Data, name: str) -> None:
@@ -42,13 +44,27 @@ def check_fit(file: StudyFile, data: Data) -> None:
     for metric in [file.objective.metric, *([floor.metric] if floor else [])]:
         classes = data.groups.named().get(metric.removesuffix("_accuracy"))
         if classes is not None and not counts[list(classes)].any():
-            raise DataError(
-                f"objective {metric} cannot be estimated: no validation image is in its "
-                f"{len(classes)} classes; widen data.tail, or raise data.validation_fraction"
-            )
+            raise DataError(_without_images(metric, classes, data))
     _check_models(file, data)
     # Decodes the test images once, where they are few enough to be held in memory.
     _ = data.test
+
+
+def _without_images(metric: str, classes: Sequence[int], data: Data) -> str:
+    """Why a group's metric cannot be estimated, and what to do."""
+    counts = data.class_counts.tolist()
+    found = [f"{data.class_names[c]} ({counts[c]} in training)" for c in classes[:SHOWN]]
+    more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+    where = (
+        "give it more images, raise data.validation_fraction"
+        if data.carved
+        else "put some into the validation folder"
+    )
+    return (
+        f"{metric} cannot be estimated: there is no validation image of its "
+        f"{'class' if len(classes) == 1 else 'classes'}, {', '.join(found)}{more}; "
+        f"{where}, widen data.tail, or take another metric"
+    )
 
 
 def _check_models(file: StudyFile, data: Data) -> None:

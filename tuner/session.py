@@ -141,19 +141,25 @@ class Session:
         return self._breach(trial, self.baseline()) <= 0
 
     def cautions(self) -> list[str]:
-        """What its baseline makes doubtful about the whole study, for people."""
+        """What is doubtful about the whole study as it stands, for people."""
+        best, lines = self.best_found(), []
+        if best is not None and not self.keeps_floor(best):
+            floor = self.file.objective.floor
+            lines.append(f"no complete trial keeps the floor: {floor}; the best breaks it least")
+        if self._baseline_guesses():
+            lines.append(
+                "plain cross-entropy does no better than guessing; the floor excludes next to "
+                "nothing then, and recipes can hardly be told apart: train longer "
+                "(budget.epochs), or with other learning rates"
+            )
+        return lines
+
+    def _baseline_guesses(self) -> bool:
         baseline, attrs = self.baseline(), self.study.user_attrs
         raw = {} if baseline is None else baseline.user_attrs["metrics"]["raw"]
-        balanced = raw.get("balanced_accuracy")
-        classes, images = len(attrs["class_counts"]), sum(attrs["validation_counts"])
-        if balanced is None or not is_at_chance(balanced, classes, images, progress=1.0):
-            return []
-        return [
-            f"plain cross-entropy does no better than guessing: {100 * balanced:.1f} % balanced "
-            f"accuracy with {classes} classes; the floor excludes next to nothing then, and "
-            "recipes can hardly be told apart: train longer (budget.epochs), or with other "
-            "learning rates"
-        ]
+        balanced, classes = raw.get("balanced_accuracy"), len(attrs["class_counts"])
+        images = sum(attrs["validation_counts"])
+        return balanced is not None and is_at_chance(balanced, classes, images, progress=1.0)
 
     def identity(self) -> dict[str, str]:
         """What files of this study are told apart by: its own id and that of its data."""

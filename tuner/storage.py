@@ -154,7 +154,13 @@ def _prepare_file(url: URL, create: bool) -> None:
         raise StorageError(
             f"{path}: no such storage; run a study first, or name another with --storage"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{path.parent}: the storage's folder cannot be made ({error.strerror}); "
+            "name another place with --storage or TUNER_STORAGE"
+        ) from None
 
 
 class _Storage(RDBStorage):

@@ -6,13 +6,28 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo
 
 from tuner import __version__
 from tuner.cli.failures import curable
 from tuner.cli.secrets import hide_password
+
+ORDER = (
+    "check",
+    "run",
+    "create",
+    "worker",
+    "status",
+    "trials",
+    "best",
+    "report",
+    "export",
+    "train",
+)
 
 app = typer.Typer(
     help="Find the training recipe that serves the rare classes of imbalanced data.",
@@ -58,11 +73,19 @@ def _options(
         level=logging.WARNING, format="%(message)s", handlers=[_StandardError()], force=True
     )
     logging.captureWarnings(True)
+    # Pillow's, of large photos; it refuses those of twice that size by an error of its own.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     logging.getLogger("tuner").setLevel(level)
     _state["debug"] = debug
 
 
 _state = {"debug": False}
+
+
+def _by_use(command: CommandInfo) -> int:
+    """Where a command stands in the help: in the order in which most are needed."""
+    name = command.name or getattr(command.callback, "__name__", "")
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def main() -> None:
@@ -80,6 +103,7 @@ def main() -> None:
         work,
     )
 
+    app.registered_commands.sort(key=_by_use)
     try:
         app()
     except KeyboardInterrupt:

@@ -81,5 +81,8 @@ def chosen_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise TunerError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0]
+        if said.startswith(("Expected one of", "Invalid device")):
+            said = "no device has such a name; give cpu, cuda or cuda:1, or leave it out"
+        raise TunerError(f"--device {device}: {said}") from None
     return device

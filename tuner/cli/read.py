@@ -41,16 +41,10 @@ def check(
     from rich.table import Table
 
     from tuner import study as files
-    from tuner.cli.show import describe_data, describe_steps
-    from tuner.fit import check_fit
 
     file = files.load(study)
     rows = file.space.rows()
-    lines = []
-    if load:
-        loaded = file.data.build(data)
-        lines = [*describe_data(loaded), describe_steps(file.space, len(loaded.train))]
-        check_fit(file, loaded)
+    lines = _looked_at(file, data) if load else []
     rungs = _rungs(file)
     if as_json:
         known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
@@ -68,6 +62,17 @@ def check(
         _print_rungs(rungs, len(rows))
     for line in lines:
         print(line)
+
+
+def _looked_at(file: StudyFile, folder: Path | None) -> list[str]:
+    """What the data are like, once they are found to fit the study."""
+    from tuner.cli.show import describe_data, describe_steps
+    from tuner.fit import check_fit
+
+    loaded = file.data.build(folder)
+    lines = [*describe_data(loaded), describe_steps(file.space, len(loaded.train))]
+    check_fit(file, loaded)
+    return lines
 
 
 def _objective(file: StudyFile) -> str:

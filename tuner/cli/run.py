@@ -102,15 +102,20 @@ def _created(
     from tuner import session
     from tuner import study as files
     from tuner.cli.show import describe_data
+    from tuner.engines import parse_url
+    from tuner.remote import is_remote
     from tuner.storage import storage_url
     from tuner.stores import open_store
 
-    file = files.load(study)
+    file, url = files.load(study), storage_url(storage)
     store = open_store(artifacts)
+    # What is no URL is said before minutes are spent on images.
+    if not is_remote(url):
+        parse_url(url)
     loaded = file.data.build(data)
     for line in describe_data(loaded):
         log.info(line)
-    made = session.create(file, storage_url(storage), store, loaded)
+    made = session.create(file, url, store, loaded)
     return made, loaded
 
 

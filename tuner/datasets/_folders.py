@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import torch
 from pydantic import Field
@@ -72,7 +72,8 @@ def scan(root: Path) -> _Folder:
     format that is not read are noted.
 
     Raises:
-        DataError: The folder is missing, has no class folders, or one of them has no image.
+        DataError: The folder is missing, cannot be read or has no class folders, or one of them
+            has no image.
     """
     if not root.is_dir():
         raise DataError(
@@ -101,8 +102,11 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
     train = parts["train"]
     names = tuple(sorted(train.classes))
     if len(names) < 2:
+        only = train.root / names[0]
+        hint = f". If the folders in {only} are the classes, that is the root"
         raise DataError(
             f"{train.root}: it has one class only ({names[0]!r}); a classifier needs two or more"
+            + (hint if len(_subfolders(only)) > 1 else "")
         )
     sources = {part: folder.source(names, size, channels) for part, folder in parts.items()}
     return Sources(
@@ -259,14 +263,22 @@ def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
-    )
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+    except OSError as error:
+        _refuse_unreadable(error)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); allow it, or take it out of the data"
+    ) from error
 
 
 def _files(root: Path, name: str) -> Iterator[str]:
     """Paths of the files of a class, relative to ``root``, at any depth."""
-    for base, folders, files in os.walk(root / name, followlinks=True):
+    for base, folders, files in os.walk(root / name, onerror=_refuse_unreadable, followlinks=True):
         folders[:] = [folder for folder in folders if folder[0] != "."]
         inside = Path(base).relative_to(root).as_posix()
         yield from (f"{inside}/{file}" for file in files if file[0] != ".")
