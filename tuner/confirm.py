@@ -65,20 +65,22 @@ def contenders(session: Session) -> dict[int, Role]:
     They are plain cross-entropy, the best trial with its loss and sampler otherwise tuned, and
     the best of the other recipes.
     """
-    baseline, distinct = session.baseline(), dict[str, FrozenTrial]()
-    for trial in session.ranked(session.trials(TrialState.COMPLETE)):
-        distinct.setdefault(trial.user_attrs["digest"], trial)
+    baseline, most = session.baseline(), session.file.ladder.confirm.recipes
+    seen = set() if baseline is None else {baseline.user_attrs["digest"]}
     found: dict[int, Role] = {} if baseline is None else {baseline.number: "plain"}
-    others = [t for t in distinct.values() if not _copies(t, baseline)]
-    tuned = next(filter(is_plain, others), None)
-    if tuned is not None:
-        found[tuned.number] = "tuned"
-    rest = [trial.number for trial in others if trial is not tuned]
-    return found | dict.fromkeys(rest[: session.file.ladder.confirm.recipes], "recipe")
-
-
-def _copies(trial: FrozenTrial, other: FrozenTrial | None) -> bool:
-    return other is not None and trial.user_attrs["digest"] == other.user_attrs["digest"]
+    tuned, others = False, list[int]()
+    for trial in session.ended().complete.trials:
+        digest = trial.user_attrs["digest"]
+        if digest in seen:
+            continue
+        seen.add(digest)
+        if not tuned and is_plain(trial):
+            tuned, found[trial.number] = True, "tuned"
+        elif len(others) < most:
+            others.append(trial.number)
+        if tuned and len(others) == most:
+            break
+    return found | dict.fromkeys(others, "recipe")
 
 
 def tuned_with(session: Session) -> tuple[int, int]:
