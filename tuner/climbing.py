@@ -121,9 +121,9 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
-        more = [_promotion(session, trial, rung) for trial in chosen[half:]]
-        if rung == "full":
-            more += _unseen(session, chosen, round(ladder.unseen * room))
+        unseen = round(ladder.unseen * room) if rung == "full" and _is_blind(session) else 0
+        others = [_promotion(session, trial, rung) for trial in chosen[half:]]
+        more = _open(chosen, len(others) + unseen) if unseen and chosen else others
     more = more[: room - len(first)]
     yield from more
     left = room - len(first) - len(more)
@@ -167,14 +167,17 @@ def _known(trial: FrozenTrial) -> dict[str, Any]:
     return {key: v for key, v in trial.params.items() if key.partition(".")[0] in ACTING}
 
 
-def _unseen(session: Session, chosen: list[FrozenTrial], count: int) -> list[Ticket]:
+def _open(chosen: list[FrozenTrial], count: int) -> list[Ticket]:
     """Promoted recipes in turn, with everything open that the rung below could not see."""
-    if not chosen or not set(session.file.space.rows()) - set(_seen_rows(session)):
-        return []
     return [
         (_known(t), {"promoted_from": t.number, "unseen": True})
         for t in (chosen[i % len(chosen)] for i in range(count))
     ]
+
+
+def _is_blind(session: Session) -> bool:
+    """Whether the full rung searches what the rung below cannot see."""
+    return bool(set(session.file.space.rows()) - set(_seen_rows(session)))
 
 
 def _seen_rows(session: Session) -> list[tuple[str, str]]:

@@ -104,9 +104,11 @@ class Ladder:
 
     ``[budget] trials`` are those of the last rung that searches; ``confirm`` does not. Of them
     ``promoted`` is the share for the best recipes of the rung below, and ``unseen`` the share for
-    such recipes with everything searched that the rung below cannot see. Where the ranks of the
-    two rungs correlate by less than ``trust`` (Spearman), both shares go to the algorithm's own
-    proposals; else these learn from the rung below too, unless ``prior`` is false.
+    such recipes with everything searched that the rung below cannot see. Half of the promoted are
+    trained with everything else at its default, which shows how the two rungs rank them; where
+    there is an ``unseen`` share, the other half joins it. Where the ranks correlate by less than
+    ``trust`` (Spearman), what is left of both shares goes to the algorithm's own proposals; else
+    these learn from the rung below too, unless ``prior`` is false.
     """
 
     rungs: Annotated[

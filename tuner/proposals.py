@@ -23,7 +23,8 @@ MOST: dict[Rung, int] = {"head": 300, "deferred": 1000, "full": 1000, "confirm":
 A study without a ladder that has no more of them is plain Optuna.
 """
 BEST_SHARE = 0.25
-PRIOR = 48
+PRIOR_BEST, PRIOR_DRAWN = 12, 96
+"""Trials of the rung below that are a prior at most: the best, and of those drawn at random."""
 BLIND = 3
 """At the head rung every third proposal is drawn at random: many are made before any is judged."""
 
@@ -43,12 +44,17 @@ def proposing(session: Session, rung: Rung, number: int, *, plain: bool = False)
         study.sampler = algorithm("random", seed)
     elif rung != "head" or name != "tpe":
         study.sampler = algorithm(name, seed)
-    elif number % BLIND == 0:
+    elif is_blind(number):
         study.sampler = algorithm("random", seed)
     else:
         study.sampler = session.samplers.setdefault(rung, cohort_tpe())
         study.sampler.seed(seed)
     return study
+
+
+def is_blind(number: int) -> bool:
+    """Whether the trial with this number is drawn at random at the head rung."""
+    return number % BLIND == 0
 
 
 def forget(session: Session, rung: Rung) -> None:
@@ -137,9 +143,20 @@ def _prior(session: Session, rung: Rung) -> list[FrozenTrial]:
         return []
     lower, upper = np.array(found.pairs, dtype=np.float64).T
     slope, offset = np.polyfit(lower, upper, 1)
-    ranked = session.ended().of_rung[below].trials
-    chosen = np.linspace(0, len(ranked) - 1, PRIOR).round().astype(int)
     return [
-        _with(ranked[i], TrialState.COMPLETE, float(slope * ranked[i].values[0] + offset))
-        for i in sorted(set(chosen.tolist()))
+        _with(trial, TrialState.COMPLETE, float(slope * trial.values[0] + offset))
+        for trial in _told(session.ended().of_rung[below].trials, below)
     ]
+
+
+def _told(ranked: list[FrozenTrial], rung: Rung) -> list[FrozenTrial]:
+    """Trials of a rung, the best first, that say enough of it: the best, and a fair sample.
+
+    TPE divides how dense the good trials are by how dense the others are. The algorithm drew
+    most trials where it is good, so that the others have to be those drawn at random: else
+    what it left alone, because it is bad, looks as if nobody had tried it.
+    """
+    best, rest = ranked[:PRIOR_BEST], ranked[PRIOR_BEST:]
+    drawn = [t for t in rest if is_blind(t.number)] if rung == "head" else rest
+    chosen = np.linspace(0, len(drawn) - 1, min(PRIOR_DRAWN, len(drawn))).round().astype(int)
+    return best + [drawn[i] for i in chosen.tolist()]

@@ -252,26 +252,27 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--ratio", type=float, default=100.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--keep", type=Path, help="JSON file for all scores")
+    parser.add_argument("--keep", type=Path, help="JSON of all scores; goes on from it")
     given = parser.parse_args()
     given.data = given.data.resolve()
     found: dict[str, list[tuple[float, float]]] = {}
-    kept: list[dict[str, Any]] = []
+    kept = json.loads(given.keep.read_text()) if given.keep and given.keep.exists() else []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name, context.Pool(given.processes) as pool:
         folder = Path(name)
-        for seed in range(given.seeds):
+        for seed in range(len(kept), given.seeds):
             weights = folder / f"{seed}.pt"
             all_of_them = recipes(given, seed)
             full = pool.map(in_full, [(r, weights) for r in all_of_them], chunksize=1)
             heads = by_heads(all_of_them, weights, folder)
             late = pool.map(branched, all_of_them, chunksize=1)
             kept.append({"full": full, "heads": heads, "deferred": late})
-            for rung, cheap in (("head", heads), ("deferred", late)):
-                for label, correlation, lost in rows(rung, full, cheap):
-                    found.setdefault(label, []).append((correlation, lost))
             if given.keep:
                 given.keep.write_text(json.dumps(kept))
+    for each in kept:
+        for rung, cheap in (("head", each["heads"]), ("deferred", each["deferred"])):
+            for label, correlation, lost in rows(rung, each["full"], cheap):
+                found.setdefault(label, []).append((correlation, lost))
     for label, correlation, lost in other_seeds([each["full"] for each in kept]):
         found.setdefault(label, []).append((correlation, lost))
     print(f"{date.today()}, {given.model}, {given.epochs} epochs, {len(parts())} recipes")
