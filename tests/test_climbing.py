@@ -190,6 +190,28 @@ def test_what_decides_is_trained_on_both_rungs_before_the_decision(
     assert len(trials) == 61
 
 
+@pytest.mark.parametrize(
+    ("trainings", "promoted_as"),
+    [
+        ({"single_stage": {}, "deferred": {"switch": {"low": 0.5, "high": 0.9}}}, 0.8),
+        ({"single_stage": {}, "deferred": {"switch": [0.6, 0.8]}}, 0.8),
+        ({"deferred": {"switch": 0.9}}, 0.9),
+        ({"single_stage": {}}, None),
+    ],
+)
+def test_what_acts_late_at_the_rung_below_acts_late_above_where_that_is_searched(
+    make_session: MakeSession, digits: Data, trainings: dict[str, Any], promoted_as: float | None
+) -> None:
+    ladder = {"rungs": ["deferred", "full"], "deferred": {"trials": 12}}
+    space = CLIMBING["space"] | {"training": trainings}
+    session = make_session(**CLIMBING | {"ladder": ladder, "space": space, "training": None})
+    trials = climb_to_the_top(session, digits, merit)
+    above = [t for t in trials if "promoted_from" in t.user_attrs]
+    assert len(above) == 10
+    found = [t.user_attrs["recipe"]["training"] for t in above]
+    assert {training.get("switch") for training in found} == {promoted_as}
+
+
 def test_all_three_rungs_are_climbed(make_session: MakeSession, digits: Data) -> None:
     budgets = {"head": {"trials": 30}, "deferred": {"trials": 12}}
     ladder = {"rungs": ["head", "deferred", "full"], **budgets}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.entries import Fixed
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
 from tuner.plain import shared_out
 
@@ -123,7 +124,7 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
         unseen = round(ladder.unseen * room) if rung == "full" and _is_blind(session) else 0
         others = [_promotion(session, trial, rung) for trial in chosen[half:]]
-        more = _open(chosen, len(others) + unseen) if unseen and chosen else others
+        more = _open(session, chosen, len(others) + unseen) if unseen and chosen else others
     more = more[: room - len(first)]
     yield from more
     left = room - len(first) - len(more)
@@ -157,20 +158,29 @@ def promoted(session: Session, rung: Rung, count: int) -> list[FrozenTrial]:
 
 def _promotion(session: Session, trial: FrozenTrial, rung: Rung) -> Ticket:
     """The same loss and sampler, with everything else at its published default."""
-    space = session.file.space_at(rung)
-    names = {part: trial.params[part] for part in ACTING if part in trial.params}
-    params = {**space.defaults(**names), **_known(trial)}
-    return params, {**_attrs(rung), "promoted_from": trial.number}
+    space, known = session.file.space_at(rung), _known(session, trial, rung)
+    names = {part: value for part, value in known.items() if "." not in part}
+    return {**space.defaults(**names), **known}, {**_attrs(rung), "promoted_from": trial.number}
 
 
-def _known(trial: FrozenTrial) -> dict[str, Any]:
-    return {key: v for key, v in trial.params.items() if key.partition(".")[0] in ACTING}
+def _known(session: Session, trial: FrozenTrial, rung: Rung) -> dict[str, Any]:
+    """What a trial says of a recipe: loss, sampler, and that they act late, if it can be said."""
+    found = {key: v for key, v in trial.params.items() if key.partition(".")[0] in ACTING}
+    trainings = session.file.space_at(rung).parts["training"]
+    if rung_of(trial) != "deferred" or "deferred" not in trainings:
+        return found
+    if len(trainings) > 1:
+        found["training"] = "deferred"
+    if not isinstance(trainings["deferred"].get("switch", Fixed(None)), Fixed):
+        path = "training.deferred.switch"
+        found[path] = session.file.space.within(path, session.file.ladder.deferred.switch)
+    return found
 
 
-def _open(chosen: list[FrozenTrial], count: int) -> list[Ticket]:
+def _open(session: Session, chosen: list[FrozenTrial], count: int) -> list[Ticket]:
     """Promoted recipes in turn, with everything open that the rung below could not see."""
     return [
-        (_known(t), {"promoted_from": t.number, "unseen": True})
+        (_known(session, t, "full"), {"promoted_from": t.number, "unseen": True})
         for t in (chosen[i % len(chosen)] for i in range(count))
     ]
 
