@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -129,6 +130,19 @@ def test_a_share_tries_what_the_rung_below_cannot_see(
         origin = trials[trial.user_attrs["promoted_from"]]
         assert origin.params.items() <= trial.params.items()
     assert len({t.params["optimizer.sgd.lr"] for t in free}) == len(free)
+
+
+def test_the_first_that_try_what_the_rung_below_cannot_see_try_all_of_it(
+    make_session: MakeSession, digits: Data
+) -> None:
+    search, budget = {"algorithm": "tpe"}, {"trials": 41, "epochs": 3}
+    session = make_session(**CLIMBING | {"search": search, "budget": budget})
+    trials = climb_to_the_top(session, digits, merit)
+    rates = [t.params["optimizer.sgd.lr"] for t in trials if "unseen" in t.user_attrs]
+    assert len(rates) == 15
+    places = [math.log(rate / 0.05) / math.log(10) for rate in rates[:10]]
+    assert len({int(5 * place) for place in places}) >= 3, "fifths of the range"
+    assert min(places) < 0.3 < 0.7 < max(places), "on both sides of the default"
 
 
 def test_no_more_than_a_third_of_the_promoted_are_of_one_kind(

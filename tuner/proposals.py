@@ -8,7 +8,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import compared
+from tuner.climbing import at, compared
 from tuner.ended import by_number
 from tuner.ladder import Rung, is_judged, rung_of
 from tuner.ledger import View
@@ -29,18 +29,24 @@ BLIND = 3
 """At the head rung every third proposal is drawn at random: many are made before any is judged."""
 
 
-def proposing(session: Session, rung: Rung, number: int, *, plain: bool = False) -> Study:
+def proposing(
+    session: Session, rung: Rung, number: int, *, plain: bool = False, unseen: bool = False
+) -> Study:
     """The study as the algorithm sees it that proposes trial ``number`` of a rung.
 
     A study that is searched at one rung is seen whole, up to a size. At the head rung many
     proposals learn from the same trials, until ``forget`` is called. Who tunes ``plain``
-    cross-entropy learns from its trials alone once there are enough of them.
+    cross-entropy learns from its trials alone once there are enough of them. The first that try
+    what is ``unseen`` below are drawn at random: all trials before have one value there, and away
+    from it TPE would go, wherever that leads.
     """
     study, name = _study(session, rung, plain=plain), session.file.search.algorithm
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
     if rung != "head":
         _forget(study)
     if rung == "confirm":  # Nothing is left open there.
+        study.sampler = algorithm("random", seed)
+    elif unseen and _unseen_before(session, rung, number) < STARTUP_TRIALS:
         study.sampler = algorithm("random", seed)
     elif rung != "head" or name != "tpe":
         study.sampler = algorithm(name, seed)
@@ -50,6 +56,10 @@ def proposing(session: Session, rung: Rung, number: int, *, plain: bool = False)
         study.sampler = session.samplers.setdefault(rung, cohort_tpe())
         study.sampler.seed(seed)
     return study
+
+
+def _unseen_before(session: Session, rung: Rung, number: int) -> int:
+    return sum("unseen" in t.user_attrs and t.number < number for t in at(session, rung))
 
 
 def is_blind(number: int) -> bool:

@@ -40,8 +40,8 @@ class Attempt:
     @cached_property
     def trial(self) -> Trial:
         """Optuna's trial; the algorithm begins to propose when it is asked for."""
-        plain = "plain" in self.user_attrs
-        study = proposing(self.session, rung_of(self), self.number, plain=plain)
+        marks = {mark: mark in self.user_attrs for mark in ("plain", "unseen")}
+        study = proposing(self.session, rung_of(self), self.number, **marks)
         return Trial(study, self.lease.trial_id)
 
     @property
