@@ -40,22 +40,25 @@ def proposing(
     what is ``unseen`` below are drawn at random: all trials before have one value there, and away
     from it TPE would go, wherever that leads.
     """
-    study, name = _study(session, rung, plain=plain), session.file.search.algorithm
+    study = _study(session, rung, plain=plain)
     seed = derive_seed(session.file.search.seed, "search", number) % 2**32
+    name = _algorithm(session, rung, number, unseen=unseen)
     if rung != "head":
         _forget(study)
-    if rung == "confirm":  # Nothing is left open there.
-        study.sampler = algorithm("random", seed)
-    elif unseen and _unseen_before(session, rung, number) < STARTUP_TRIALS:
-        study.sampler = algorithm("random", seed)
-    elif rung != "head" or name != "tpe":
-        study.sampler = algorithm(name, seed)
-    elif is_blind(number):
-        study.sampler = algorithm("random", seed)
-    else:
+    if rung == "head" and name == "tpe":
         study.sampler = session.samplers.setdefault(rung, cohort_tpe())
         study.sampler.seed(seed)
+    else:
+        study.sampler = algorithm(name, seed)
     return study
+
+
+def _algorithm(session: Session, rung: Rung, number: int, *, unseen: bool) -> str:
+    """The study's own, or ``random`` where nothing is left open or nothing is known."""
+    name = session.file.search.algorithm
+    blind = rung == "head" and name == "tpe" and is_blind(number)
+    early = unseen and _unseen_before(session, rung, number) < STARTUP_TRIALS
+    return "random" if rung == "confirm" or blind or early else name
 
 
 def _unseen_before(session: Session, rung: Rung, number: int) -> int:
