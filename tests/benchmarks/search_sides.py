@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import BaseTrial, FrozenTrial
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from trainer_contenders import BATCH, OrdinaryLoop, optuna_study
@@ -121,7 +121,7 @@ def _ordinary(here: _Here, index: int) -> Moments:
 class SearchLoop(OrdinaryLoop):
     """The ordinary loop with the recipes of a study file: losses, samplers, schedule."""
 
-    def objective(self, trial: Trial) -> float:
+    def objective(self, trial: BaseTrial) -> float:
         """Train one recipe unless it is pruned; its metric on validation."""
         recipe = self.file.space.suggest(trial)
         torch.manual_seed(trial.number)

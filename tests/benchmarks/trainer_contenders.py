@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 import torch
 import torch.nn.functional as F
-from optuna.trial import Trial, TrialState
+from optuna.trial import BaseTrial, Trial, TrialState
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ class OrdinaryLoop:
             self.loading["multiprocessing_context"] = "fork"
         self.recipe = file.space.suggest(optuna.trial.FixedTrial(file.space.defaults()))
 
-    def objective(self, trial: Trial) -> float:
+    def objective(self, trial: BaseTrial) -> float:
         """Train one model; its balanced accuracy after the last epoch."""
         lr = trial.suggest_float("lr", *LR, log=True)
         exponent = trial.suggest_float("exponent", *EXPONENT)
