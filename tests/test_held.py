@@ -51,3 +51,19 @@ def test_words_name_the_backbone_or_the_switch(file: StudyFile, make_file: MakeF
     ladder = {"rungs": ["head", "full"], "head": {"backbone": "initial"}}
     own = {"name": "torchvision", "architecture": "resnet18", "weights_file": "mine.pth"}
     assert "weights_file" in how_held(make_file(ladder=ladder, model=own), "head")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_alone"),
+    [
+        ({}, False),
+        ({"sampler": {"class_aware": {"exponent": 0.5}}}, True),
+        ({"sampler": {"natural": {}}, "training": {"single_stage": {}, "deferred": {}}}, False),
+    ],
+)
+def test_a_deferred_rung_whose_recipes_are_trained_nowhere_else_is_pointed_out(
+    make_file: MakeFile, changes: dict[str, Any], is_alone: bool
+) -> None:
+    ladder = {"rungs": ["deferred", "full"]}
+    file = make_file(space=SPACE | changes, ladder=ladder, training=None)
+    assert ("trains no such recipes" in how_held(file, "deferred")) == is_alone

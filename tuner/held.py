@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuner.ladder import Rung
+from tuner.ladder import ACTING, Rung
 from tuner.space import Space
 from tuner.study import StudyFile
 
@@ -30,13 +30,22 @@ def how_held(file: StudyFile, rung: Rung) -> str:
         return "everything: the best recipes again, with fresh seeds"
     if rung == "deferred":
         switch = f"{100 * file.ladder.deferred.switch:g} %"
-        return f"everything but loss and sampler, which act from {switch} of the training on"
+        late = f"everything but loss and sampler, which act from {switch} of the training on"
+        apart = "full" in file.ladder.rungs and not _acts_late(file.space)
+        return late + "; full trains no such recipes without [space.training.deferred]" * apart
     backbones = {
         "baseline": "the network of plain cross-entropy",
         "initial": "the model as it is built, with the weights_file it is given",
     }
     known = backbones[file.ladder.head.backbone]
     return f"everything but loss and sampler: the classifier alone is trained, on {known}"
+
+
+def _acts_late(space: Space) -> bool:
+    """Whether recipes whose loss or sampler begins to act late are among those searched."""
+    starts = (entries.get("start") for part in ACTING for entries in space.parts[part].values())
+    late = any(entry is not None and str(entry) not in ("0", "0.0") for entry in starts)
+    return late or "deferred" in space.parts["training"]
 
 
 def _value(space: Space, name: str) -> str | None:
