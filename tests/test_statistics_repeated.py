@@ -48,3 +48,9 @@ def test_false_alarms_stay_at_their_level_where_trainings_share_images() -> None
         own = rng.normal(scale=(1 - shared) ** 0.5, size=count)
         alarms += repeated_difference((common + own).tolist(), ratio).p_value < 0.05
     assert alarms / 2000 < 0.07
+
+
+def test_the_interval_ends_at_the_largest_difference_there_can_be() -> None:
+    found = repeated_difference([0.9, 0.1], 0.2, largest=1.0)
+    assert (found.interval.low, found.interval.high) == (-1.0, 1.0)
+    assert found.p_value == repeated_difference([0.9, 0.1], 0.2).p_value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -177,8 +178,12 @@ def against(
         a, b = (each.metric(name, adjusted=adjusted) for each in (one, other))
         pairs = [a[index] - b[index] for index in sorted(a.keys() & b.keys())]
         if len(pairs) > 1:
-            maximize = METRICS[name] == "maximize"
-            found[name] = repeated_difference(pairs, _ratio(session, name), maximize=maximize)
+            found[name] = repeated_difference(
+                pairs,
+                _ratio(session, name),
+                maximize=METRICS[name] == "maximize",
+                largest=math.inf if name == "nll" else 1.0,
+            )
     return found
 
 

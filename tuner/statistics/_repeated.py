@@ -24,6 +24,7 @@ def repeated_difference(
     ratio: float,
     *,
     maximize: bool = True,
+    largest: float = math.inf,
     confidence: float = 0.95,
 ) -> RepeatedDifference:
     """Judge paired differences (r,), r ≥ 2, each from a training of its own.
@@ -32,7 +33,8 @@ def repeated_difference(
     so that their mean varies more than independent ones would: the variance is
     (1/r + ratio) times that of the differences, the corrected resampled t-test of Nadeau and
     Bengio (2003). The p-value is one-sided, for a mean of at most zero; of at least zero where
-    smaller values are better (``maximize`` is false).
+    smaller values are better (``maximize`` is false). The interval ends at the ``largest``
+    difference that there can be, either way.
 
     Raises:
         ValueError: There are fewer than two differences.
@@ -50,4 +52,5 @@ def repeated_difference(
         p_value = float(t.sf(gain / error, count - 1))
     else:  # Nothing to divide by: how often that many coins fall alike.
         p_value = 0.5**count if gain > 0 else 1.0
-    return RepeatedDifference(mean, Interval(mean - half, mean + half), p_value)
+    interval = Interval(max(mean - half, -largest), min(mean + half, largest))
+    return RepeatedDifference(mean, interval, p_value)
