@@ -102,7 +102,10 @@ def _decision(found: Comparison) -> str:
             "was not followed, and its share of the budget went to the algorithm's own proposals."
         )
     if found.decided is None:
-        return f"As nothing spoke against it, the study followed the {found.lower} rung."
+        return (
+            f"When the study had to decide, {count(found.deciders, 'recipe')} had been trained on "
+            f"both, too few or too much alike to say, so the {found.lower} rung was followed."
+        )
     return (
         f"When the study had to decide, it was {_bare(found.decided.value)}, at least the "
         f"{asked}: the {found.lower} rung was followed."
