@@ -58,6 +58,8 @@ def test_words_name_the_backbone_or_the_switch(file: StudyFile, make_file: MakeF
     [
         ({}, False),
         ({"sampler": {"class_aware": {"exponent": 0.5}}}, True),
+        ({"sampler": {"class_aware": {"start": 0.0}}}, True),
+        ({"sampler": {"class_aware": {"start": 0.8}}}, False),
         ({"sampler": {"natural": {}}, "training": {"single_stage": {}, "deferred": {}}}, False),
     ],
 )

@@ -122,7 +122,7 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
-        unseen = round(ladder.unseen * room) if rung == "full" and _is_blind(session) else 0
+        unseen = round(ladder.unseen * room) if rung == "full" and _has_unseen(session) else 0
         others = [_promotion(session, trial, rung) for trial in chosen[half:]]
         more = _open(session, chosen, len(others) + unseen) if unseen and chosen else others
     more = more[: room - len(first)]
@@ -185,7 +185,7 @@ def _open(session: Session, chosen: list[FrozenTrial], count: int) -> list[Ticke
     ]
 
 
-def _is_blind(session: Session) -> bool:
+def _has_unseen(session: Session) -> bool:
     """Whether the full rung searches what the rung below cannot see."""
     return bool(set(session.file.space.rows()) - set(_seen_rows(session)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tuner.entries import Fixed
 from tuner.ladder import ACTING, Rung
 from tuner.space import Space
 from tuner.study import StudyFile
@@ -44,7 +45,7 @@ def how_held(file: StudyFile, rung: Rung) -> str:
 def _acts_late(space: Space) -> bool:
     """Whether recipes whose loss or sampler begins to act late are among those searched."""
     starts = (entries.get("start") for part in ACTING for entries in space.parts[part].values())
-    late = any(entry is not None and str(entry) not in ("0", "0.0") for entry in starts)
+    late = any(entry not in (None, Fixed(0.0)) for entry in starts)
     return late or "deferred" in space.parts["training"]
 
 
