@@ -12,7 +12,7 @@ from conftest import MakeSession
 from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import at, compared, ladder_lines, promoted
+from tuner.climbing import at, compared, ladder_lines, promoted, twins
 from tuner.datasets import Data
 from tuner.ladder import rung_of
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
@@ -224,6 +224,21 @@ def test_what_acts_late_at_the_rung_below_acts_late_above_where_that_is_searched
     assert len(above) == 10
     found = [t.user_attrs["recipe"]["training"] for t in above]
     assert {training.get("switch") for training in found} == {promoted_as}
+
+
+def test_what_is_one_and_the_same_training_at_two_rungs_says_nothing_of_how_they_rank(
+    make_session: MakeSession, digits: Data
+) -> None:
+    ladder = {"rungs": ["deferred", "full"], "deferred": {"trials": 12}}
+    space = CLIMBING["space"] | {"training": {"single_stage": {}, "deferred": {"switch": 0.8}}}
+    session = make_session(**CLIMBING | {"ladder": ladder, "space": space, "training": None})
+    trials = climb_to_the_top(session, digits, merit)
+    below = {t.user_attrs["digest"] for t in trials if rung_of(t) == "deferred"}
+    alike = [t for t in at(session, "full") if t.user_attrs["digest"] in below]
+    assert any("promoted_from" in t.user_attrs for t in alike)
+    compared_ones = {upper.number for _, upper in twins(session, "deferred", "full")}
+    assert not compared_ones & {t.number for t in alike}
+    assert len(compared_ones) == 5, "the defaults of all losses but plain cross-entropy"
 
 
 def test_all_three_rungs_are_climbed(make_session: MakeSession, digits: Data) -> None:

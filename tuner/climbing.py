@@ -202,7 +202,8 @@ def twins(
     """Trials of two rungs that were trained to their end with one loss and sampler.
 
     These are the promoted ones and the defaults of each loss; the baseline is that of
-    cross-entropy. ``decisive`` leaves those out that came after the decision to follow.
+    cross-entropy. What acts late at both rungs is one and the same training, and says nothing of
+    how they rank. ``decisive`` leaves those out that came after the decision to follow.
     """
     ended = session.ended()
     lowest = [t for t in ended.given[lower] if _is_planned(t)]
@@ -214,9 +215,15 @@ def twins(
             continue
         plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
         twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
-        if twin is not None:
+        if twin is not None and not _is_same_training(twin, trial):
             found.append((twin, trial))
     return found
+
+
+def _is_same_training(lower: FrozenTrial, upper: FrozenTrial) -> bool:
+    """Whether two rungs trained a recipe alike; the head rung trains no recipe as full does."""
+    alike = lower.user_attrs["digest"] == upper.user_attrs["digest"]
+    return alike and rung_of(lower) == "deferred"
 
 
 def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = False) -> Agreement:

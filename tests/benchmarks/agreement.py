@@ -79,8 +79,9 @@ def recipes(given: argparse.Namespace, seed: int) -> list[Recipe]:
     """All recipes with one seed; plain cross-entropy is the first."""
     profile = {"name": "exponential", "ratio": given.ratio}
     data = {"name": "image_folder", "root": str(given.data), "image_size": given.size}
+    carved = {"profile": profile} if given.ratio > 1 else {}
     shared = {
-        "data": {**data, "profile": profile, "tail": {"bottom": 0.3}},
+        "data": {**data, **carved, "tail": {"bottom": 0.3}},
         "model": {"name": given.model},
         "augment": {"name": "standard"},
         "schedule": {"name": "step"},
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--model", default="small_cnn")
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--ratio", type=float, default=100.0)
+    parser.add_argument("--ratio", type=float, default=100.0, help="1 to carve nothing")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="JSON of all scores; goes on from it")
     given = parser.parse_args()

@@ -72,15 +72,16 @@ SPACE: dict[str, Any] = {
 
 def study(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """The study file of both sides; the ordinary one takes data, space, model and epochs."""
+    profile = {"name": "exponential", "ratio": options.ratio}
     return {
         "name": f"search-{seed}",
         "data": {
             "name": "image_folder",
             "root": str(options.data.absolute()),
             "image_size": options.size,
-            "channels": 1,
-            "profile": {"name": "exponential", "ratio": options.ratio},
+            "channels": options.channels,
             "tail": {"bottom": 0.3},
+            **({"profile": profile} if options.ratio > 1 else {}),
         },
         "objective": {"metric": options.metric, "adjusted": False, "floor": False},
         "budget": {"trials": options.full, "epochs": options.epochs},
@@ -183,7 +184,8 @@ def _point(file: StudyFile, trial: FrozenTrial, seconds: float) -> Found:
 
 def _found(setting: Setting, ended: Moments, began: float, points: list[Found], what: str) -> Found:
     seconds = max(ended.values()) - began
-    return {"side": setting.side, "seconds": seconds, "what": what, "points": points}
+    known = {"side": setting.side, "seed": setting.seed}
+    return {**known, "seconds": seconds, "what": what, "points": points}
 
 
 def confirm_all(found: Sequence[Found], processes: ProcessPoolExecutor, seeds: int) -> None:
@@ -198,7 +200,7 @@ def confirm_all(found: Sequence[Found], processes: ProcessPoolExecutor, seeds: i
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What the ordinary side depends on, but for the machine."""
-    names = ("model", "epochs", "size", "ratio", "metric", "trials", "seeds", "cores", "sides")
+    names = ("model", "epochs", "size", "channels", "ratio", "metric", "trials", "seeds", "cores")
     return {**{name: getattr(options, name) for name in names}, "space": SPACE}
 
 
@@ -221,14 +223,18 @@ def known(options: argparse.Namespace) -> list[Found]:
 
 def measured(options: argparse.Namespace, scratch: Path) -> Iterator[Found]:
     """Every search, one after another; what is known is not searched again."""
-    before = {each["side"]: each for each in known(options)}
-    yield from before.values()
-    path = _written(options, scratch, 0)
-    for side in [side for side in options.sides if side not in before]:
+    before = known(options)
+    yield from before
+    have = {(each["side"], each["seed"]) for each in before}
+    wanted = [(side, seed) for side in options.sides for seed in range(options.ordinaries)]
+    for side, seed in [each for each in wanted if each not in have]:
+        folder = scratch / f"{side}-{seed}"
+        folder.mkdir()
         count, threads = (1, None) if side == "ordinary" else (options.cores, 1)
-        yield ordinary(Setting(side, path, scratch, 0, options.trials, count, threads))
-    data = load(path).data.build()
-    for seed in range(options.searches):
+        own = _written(options, folder, seed)
+        yield ordinary(Setting(side, own, folder, seed, options.trials, count, threads))
+    data = load(_written(options, scratch, 0)).data.build()
+    for seed in range(options.first, options.first + options.searches):
         folder = scratch / f"tuner-{seed}"
         folder.mkdir()
         own = _written(options, folder, seed)
@@ -250,14 +256,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--metric", default="tail_accuracy", choices=CONFIRMED[:2])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--size", type=int, default=28)
-    parser.add_argument("--ratio", type=float, default=100.0)
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--ratio", type=float, default=100.0, help="1 to carve nothing")
     parser.add_argument("--trials", type=int, default=100, help="of an ordinary search")
     parser.add_argument("--sides", nargs="*", default=["ordinary", "tuned"])
+    parser.add_argument("--ordinaries", type=int, default=1, help="searches of each other side")
     parser.add_argument("--head", type=int, default=400, help="trials of Tuner's head rung")
     parser.add_argument("--full", type=int, default=40, help="trials of Tuner's full rung")
     parser.add_argument("--recipes", type=int, default=7, help="that Tuner confirms, 0 for none")
     parser.add_argument("--again", type=int, default=4, help="seeds that Tuner confirms them with")
     parser.add_argument("--searches", type=int, default=3, help="of Tuner, with seeds of their own")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first of these")
     parser.add_argument("--seeds", type=int, default=3, help="to confirm a recipe")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     return parser.parse_args()

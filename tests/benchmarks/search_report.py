@@ -48,6 +48,8 @@ def _spread(values: Sequence[float]) -> str:
 def print_verdict(found: Sequence[Found], metric: str) -> None:
     """When Tuner reached what each of the other sides found, beside what that took it."""
     own = [each for each in found if each["side"] == "tuner"]
+    if not own:
+        return
     for side in dict.fromkeys(each["side"] for each in found if each["side"] != "tuner"):
         _print_against([each for each in found if each["side"] == side], own, metric)
 
