@@ -25,6 +25,7 @@ from tuner.augment._transforms import (
     mirror,
     remix_weight,
     shift,
+    taken,
     whole,
 )
 from tuner.imbalance import Groups
@@ -147,7 +148,7 @@ class StandardAugmenter(Augmenter):
         """
         self._follow(crops)
         down, right = self._offsets(targets, drawn["draws"])
-        images = crops[indices, :, self.margin - down, self.margin - right]
+        images = taken(crops, indices, self.margin - down, self.margin - right)
         return self._transform_cropped(images, targets, drawn)
 
     def _offsets(self, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
