@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import tempfile
@@ -219,6 +220,12 @@ def regret(lower: list[float], upper: list[float], top: int = 3) -> float:
     return 100 * (max(upper) - max(upper[i] for i in chosen))
 
 
+def correlation(pairs: list[tuple[float, float]]) -> float:
+    """Spearman's; NaN where all scores of a side are one, as of a tail that is never right."""
+    found = rank_correlation(pairs)
+    return math.nan if found is None else found[0]
+
+
 def rows(
     rung: str, full: list[Scores], cheap: list[tuple[Scores, Scores]]
 ) -> Iterator[tuple[str, float, float]]:
@@ -227,9 +234,8 @@ def rows(
         upper = [each[name] for each in full]
         for part, place in (("test", 0), ("validation", 1)):
             lower = [pair[place][name] for pair in cheap]
-            correlation = rank_correlation(list(zip(lower, upper, strict=True)))
-            assert correlation is not None
-            yield f"{name}, {rung} rung scored on {part}", correlation[0], regret(lower, upper)
+            found = correlation(list(zip(lower, upper, strict=True)))
+            yield f"{name}, {rung} rung scored on {part}", found, regret(lower, upper)
 
 
 def other_seeds(seeds: list[list[Scores]]) -> Iterator[tuple[str, float, float]]:
@@ -237,10 +243,8 @@ def other_seeds(seeds: list[list[Scores]]) -> Iterator[tuple[str, float, float]]
     for lower, upper in permutations(seeds, 2):
         for name in lower[0]:
             pairs = [(low[name], up[name]) for low, up in zip(lower, upper, strict=True)]
-            correlation = rank_correlation(pairs)
-            assert correlation is not None
             lost = regret([low for low, _ in pairs], [up for _, up in pairs])
-            yield f"{name}, full training with another seed", correlation[0], lost
+            yield f"{name}, full training with another seed", correlation(pairs), lost
 
 
 def main() -> None:
@@ -272,10 +276,10 @@ def main() -> None:
                 given.keep.write_text(json.dumps(kept))
     for each in kept:
         for rung, cheap in (("head", each["heads"]), ("deferred", each["deferred"])):
-            for label, correlation, lost in rows(rung, each["full"], cheap):
-                found.setdefault(label, []).append((correlation, lost))
-    for label, correlation, lost in other_seeds([each["full"] for each in kept]):
-        found.setdefault(label, []).append((correlation, lost))
+            for label, ranks, lost in rows(rung, each["full"], cheap):
+                found.setdefault(label, []).append((ranks, lost))
+    for label, ranks, lost in other_seeds([each["full"] for each in kept]):
+        found.setdefault(label, []).append((ranks, lost))
     print(f"{date.today()}, {given.model}, {given.epochs} epochs, {len(parts())} recipes")
     print("| score | Spearman per seed | mean | regret of the best three, points | mean |")
     print("|---|---|---|---|---|")
