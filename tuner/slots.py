@@ -64,21 +64,30 @@ def plan_slots(
     if kind != "cuda":
         _only_for_gpus(device, gpus, slots_per_gpu)
         count = slots or (cores if kind == "cpu" else 1)
-        own = threads or max(1, cores // count)
-        environment = {**_budget(own), **(KEPT_MEMORY if kind == "cpu" else {})}
-        return [SlotPlan(str(i), device, own, environment) for i in range(count)]
+        return _side_by_side(device, count, threads or max(1, cores // count))
     if slots is not None:
         raise TunerError("--slots is for the processor; on GPUs it is --slots-per-gpu")
     if index and gpus is not None:
         raise TunerError(f"--device {device} names a GPU already; leave it or --gpus out")
     names = chosen_gpus(gpus or index or "all", visible)
     counts = slots_per_gpu(names) if slots_per_gpu else [1] * len(names)
+    # The processor only feeds a GPU; threads that wait for each other would slow it down.
+    return _on_gpus(names, counts, threads or 1)
+
+
+def _side_by_side(device: str, count: int, threads: int) -> list[SlotPlan]:
+    """Slots that share the processor, or another device that is no GPU of CUDA's."""
+    kept = KEPT_MEMORY if device.partition(":")[0] == "cpu" else {}
+    environment = {**_budget(threads), **kept}
+    return [SlotPlan(str(i), device, threads, environment) for i in range(count)]
+
+
+def _on_gpus(names: Sequence[str], counts: Sequence[int], threads: int) -> list[SlotPlan]:
+    """As many slots as ``counts`` say on each GPU, the GPUs' first ones first."""
     rounds = range(max(counts))
     shares = [n for turn in rounds for n, many in zip(names, counts, strict=True) if turn < many]
-    # The processor only feeds a GPU; threads that wait for each other would slow it down.
-    own = threads or 1
     return [
-        SlotPlan(str(i), "cuda", own, {**_budget(own), "CUDA_VISIBLE_DEVICES": name})
+        SlotPlan(str(i), "cuda", threads, {**_budget(threads), "CUDA_VISIBLE_DEVICES": name})
         for i, name in enumerate(shares)
     ]
 

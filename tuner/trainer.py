@@ -143,18 +143,7 @@ def epochs_in_turns(
         while lane.epoch < recipe.epochs:
             epoch = _Epoch(lane, steps, resume)
             resume = None
-            train_loss = yield from epoch.train(stop)
-            logits = epoch.logits(stop)
-            lane.end_epoch()
-            yield EpochResult(
-                epoch=lane.epoch - 1,
-                progress=lane.epoch / recipe.epochs,
-                train_loss=train_loss,
-                logits=logits,
-                samples=epoch.samples,
-                seconds=epoch.seconds,
-                lane=lane,
-            )
+            yield (yield from epoch.run(stop))
 
 
 class _LeftOutError(Exception):
@@ -188,6 +177,26 @@ class _Epoch:
     def seconds(self) -> float:
         """Time since this epoch began here."""
         return time.perf_counter() - self.started
+
+    def run(self, stop: Stop) -> Generator[None, None, EpochResult]:
+        """What is left of the epoch, training and validation, and what it gave.
+
+        Raises:
+            Interrupted: ``stop`` said so before it was over.
+            NonFiniteError: The mean training loss, or a logit, is not finite.
+        """
+        train_loss = yield from self.train(stop)
+        logits = self.logits(stop)
+        self.lane.end_epoch()
+        return EpochResult(
+            epoch=self.lane.epoch - 1,
+            progress=self.lane.epoch / self.lane.recipe.epochs,
+            train_loss=train_loss,
+            logits=logits,
+            samples=self.samples,
+            seconds=self.seconds,
+            lane=self.lane,
+        )
 
     def train(self, stop: Stop) -> Generator[None, None, float]:
         """The steps that are left; the mean training loss of all steps.

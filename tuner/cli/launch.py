@@ -14,7 +14,10 @@ from tuner.cli import app
 from tuner.cli.options import Artifacts, DataFolder, Storage, StudyName, joined
 
 if TYPE_CHECKING:
+    from tuner.launch import Place
+    from tuner.launch._cluster import Crew
     from tuner.rungs.outcome import Outcome
+    from tuner.session import Session
 
 launch = typer.Typer(
     help="Place workers on many machines, with Ray or Slurm.", no_args_is_help=True
@@ -71,23 +74,30 @@ def ray(
     Folders of data and artifacts must be the same on all machines. Ray starts a worker anew
     whose process or machine is lost; the trial it had waits for it, or for another.
     """
-    from tuner.cli.machine import Bars
-    from tuner.cli.show import describe_cohort
     from tuner.launch import Place
-    from tuner.launch._cluster import Crew, connected
-    from tuner.launch._ray import Placement
-    from tuner.worker import StopRequest
+    from tuner.launch._cluster import Crew
 
     session = joined(study, storage, artifacts, writes=True, lasting=True)
     place = Place.here(session.file.name, storage, data, artifacts)
     crew = Crew(name or f"ray-{os.urandom(2).hex()}", workers, gpus, cpus, device)
+    _conclude(session, _follow(session, place, crew, address, grace))
+
+
+def _follow(session: Session, place: Place, crew: Crew, address: str, grace: float) -> str | None:
+    """Place a crew with Ray and follow it; why it ended, None if somebody asked to stop."""
+    from tuner.cli.machine import Bars
+    from tuner.cli.show import describe_cohort
+    from tuner.launch._cluster import connected
+    from tuner.launch._ray import Placement
+    from tuner.worker import StopRequest
+
     # Ray listens to signals while it starts; it must not be the last to say so.
     with (
         connected(address) as library,
         StopRequest().installed() as stop,
         Bars(session, terminal=sys.stderr.isatty()) as bars,
     ):
-        reason = Placement(
+        return Placement(
             library,
             session,
             place,
@@ -98,6 +108,9 @@ def ray(
             on_trial=_say,
             on_cohort=lambda *ended: log.info("%s", describe_cohort(session, *ended)),
         ).run(grace=grace)
+
+
+def _conclude(session: Session, reason: str | None) -> None:
     if reason is None:
         log.warning("stopped; every trial goes on where it was, here or elsewhere")
     elif reason == "over":

@@ -63,49 +63,39 @@ def _parts(dialect: str) -> sa.CompoundSelect[Any]:
 
     One statement instead of five: with many workers, most of what a server does is this.
     """
-    text: sa.ColumnElement[str] = sa.literal_column("''")
-    number: sa.ColumnElement[float] = sa.literal_column("0.0")
-    place: sa.ColumnElement[int] = sa.literal_column("0")
-
-    def kind(column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
-        # Only PostgreSQL has a type of its own for these; MySQL must keep the collation.
-        if dialect == "postgresql":
-            return sa.cast(column, sa.String)
-        return sa.type_coerce(column, sa.String)
-
-    columns: dict[str, tuple[sa.Table, Sequence[sa.ColumnElement[Any]]]] = {
-        "user": (USER, (USER.c.key, USER.c.value_json, number, place)),
-        "system": (SYSTEM, (SYSTEM.c.key, SYSTEM.c.value_json, number, place)),
-        "param": (
-            PARAMS,
-            (
-                PARAMS.c.param_name,
-                PARAMS.c.distribution_json,
-                PARAMS.c.param_value,
-                PARAMS.c.param_id,
-            ),
-        ),
-        "value": (
-            VALUES,
-            (text, kind(VALUES.c.value_type), VALUES.c.value, VALUES.c.objective),
-        ),
-        "step": (
-            STEPS,
-            (
-                text,
-                kind(STEPS.c.intermediate_value_type),
-                STEPS.c.intermediate_value,
-                STEPS.c.step,
-            ),
-        ),
-    }
     selects = [
         sa.select(sa.literal_column(f"'{part}'"), table.c.trial_id, *four).where(
             _chosen(dialect, table.c.trial_id)
         )
-        for part, (table, four) in columns.items()
+        for part, (table, four) in _columns(dialect).items()
     ]
     return sa.union_all(*selects)
+
+
+def _columns(dialect: str) -> dict[str, tuple[sa.Table, tuple[sa.ColumnElement[Any], ...]]]:
+    """The table of each part, and its columns: name, text, number, place."""
+    text: sa.ColumnElement[str] = sa.literal_column("''")
+    number: sa.ColumnElement[float] = sa.literal_column("0.0")
+    place: sa.ColumnElement[int] = sa.literal_column("0")
+    params, values, steps = PARAMS.c, VALUES.c, STEPS.c
+    param = (params.param_name, params.distribution_json, params.param_value, params.param_id)
+    value = (text, _as_text(dialect, values.value_type), values.value, values.objective)
+    kind = _as_text(dialect, steps.intermediate_value_type)
+    step = (text, kind, steps.intermediate_value, steps.step)
+    return {
+        "user": (USER, (USER.c.key, USER.c.value_json, number, place)),
+        "system": (SYSTEM, (SYSTEM.c.key, SYSTEM.c.value_json, number, place)),
+        "param": (PARAMS, param),
+        "value": (VALUES, value),
+        "step": (STEPS, step),
+    }
+
+
+def _as_text(dialect: str, column: sa.ColumnElement[Any]) -> sa.ColumnElement[str]:
+    # Only PostgreSQL has a type of its own for these; MySQL must keep the collation.
+    if dialect == "postgresql":
+        return sa.cast(column, sa.String)
+    return sa.type_coerce(column, sa.String)
 
 
 def _number(part: str, number: float | None, kind: str) -> float:

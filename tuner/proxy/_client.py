@@ -87,6 +87,7 @@ class RemoteLedger(Ledger):
             raise SQLAlchemyError(f"the proxy at {self.url} failed: {details}") from None
 
     def prepare(self) -> None:
+        """See ``Ledger``."""
         self._call("prepare")
 
     def rest(self) -> None:
@@ -95,15 +96,18 @@ class RemoteLedger(Ledger):
     def enqueue(
         self, tickets: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], expected: int
     ) -> bool:
+        """See ``Ledger``."""
         return bool(self._call("enqueue", tickets, expected))
 
     def claim(self, worker: tuple[str, int], beside: Sequence[int] = ()) -> Lease | None:
+        """See ``Ledger``."""
         lease: Lease | None = self._call("claim", worker, list(beside))
         return lease
 
     def write(
         self, lease: Lease, changes: Changes, *, patience: float = SHORT, **progress: Any
     ) -> Order:
+        """See ``Ledger``."""
         order: Order = self._call("write", lease, changes, patience=patience, **progress)
         changes.clear()
         return order
@@ -121,15 +125,18 @@ class RemoteLedger(Ledger):
         patience: float = PATIENCE,
         **progress: Any,
     ) -> None:
+        """See ``Ledger``."""
         told = {"state": state.name, "end": end, "reason": reason, "detail": detail}
         exact = None if values is None else list(values)
         self._call("finish", lease, changes, patience=patience, values=exact, **told, **progress)
         changes.clear()
 
     def claim_alike(self, worker: tuple[str, int], rung: str, most: int) -> list[Lease]:
+        """See ``Ledger``."""
         return list(self._call("claim_alike", worker, rung, most))
 
     def finish_all(self, endings: Sequence[Ending], *, patience: float = PATIENCE) -> list[Lease]:
+        """See ``Ledger``."""
         lost: list[Lease] = []
         for begin in range(0, len(endings), ENDINGS):
             page = endings[begin : begin + ENDINGS]
@@ -139,9 +146,11 @@ class RemoteLedger(Ledger):
         return lost
 
     def reap(self, dead: Sequence[tuple[str, int]] = (), *, overdue: bool = True) -> list[int]:
+        """See ``Ledger``."""
         return list(self._call("reap", dead, overdue=overdue, patience=SHORT))
 
     def register(self, worker_id: str, facts: dict[str, Any], *, dead: bool = False) -> int:
+        """See ``Ledger``."""
         return int(self._call("register", worker_id, facts, dead=dead))
 
     def beat(
@@ -151,33 +160,41 @@ class RemoteLedger(Ledger):
         lease: Lease | None = None,
         others: Sequence[Lease] = (),
     ) -> Order:
+        """See ``Ledger``."""
         told = (worker, state, lease, list(others))
         order: Order = self._call("beat", *told, patience=self.lease_seconds)
         return order
 
     def leave(self, worker: tuple[str, int]) -> None:
+        """See ``Ledger``."""
         try:
             self._call("leave", worker, patience=SHORT)
         except (SupersededError, SQLAlchemyError):
             return
 
     def workers(self) -> list[dict[str, Any]]:
+        """See ``Ledger``."""
         return list(self._call("workers"))
 
     def running(self) -> int:
+        """See ``Ledger``."""
         return int(self._call("running"))
 
     def alive(self) -> list[dict[str, Any]]:
+        """See ``Ledger``."""
         return list(self._call("alive"))
 
     def ready(self) -> bool:
+        """See ``Ledger``."""
         return bool(self._call("ready"))
 
     def standing(self) -> Order:
+        """See ``Ledger``."""
         order: Order = self._call("standing")
         return order
 
     def order(self) -> Order:
+        """See ``Ledger``."""
         order: Order = self._call("order")
         return order
 
@@ -189,10 +206,12 @@ class RemoteLedger(Ledger):
         *,
         unless_given: bool = False,
     ) -> Order:
+        """See ``Ledger``."""
         order: Order = self._call("give_order", state, reason, detail, unless_given=unless_given)
         return order
 
     def trials(self, states: tuple[TrialState, ...] | None = None) -> list[FrozenTrial]:
+        """See ``Ledger``."""
         wanted = tuple(TrialState) if states is None else states
         waiting = [state for state in wanted if not state.is_finished()]
         with self._reading:
@@ -204,6 +223,7 @@ class RemoteLedger(Ledger):
         return sorted(found, key=by_number) if rest else found
 
     def ended(self, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
+        """See ``Ledger``."""
         return self.trials(states)
 
     def _read_ended(self) -> None:
@@ -218,20 +238,25 @@ class RemoteLedger(Ledger):
     def ended_after(
         self, mark: int, have: Sequence[int], most: int
     ) -> tuple[list[FrozenTrial], int]:
+        """See ``Ledger``."""
         trials, last = self._call("ended_after", mark, have, most)
         return trials, last
 
     def unfinished(self, states: Sequence[TrialState]) -> list[FrozenTrial]:
+        """See ``Ledger``."""
         return list(self._call("unfinished", [state.name for state in states]))
 
     def trial(self, trial_id: int) -> FrozenTrial:
+        """See ``Ledger``."""
         if trial_id in self.history.known:
             return self.history.known[trial_id]
         trial: FrozenTrial = self._call("trial", trial_id)
         return trial
 
     def attempts(self, trial_id: int | None = None) -> list[dict[str, Any]]:
+        """See ``Ledger``."""
         return list(self._call("attempts", trial_id))
 
     def epochs(self, trial_id: int) -> list[dict[str, Any]]:
+        """See ``Ledger``."""
         return list(self._call("epochs", trial_id))

@@ -44,6 +44,7 @@ class _Door(grpc.ServerInterceptor):
     def intercept_service(
         self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
+        """See ``grpc.ServerInterceptor``."""
         given = dict(handler_call_details.invocation_metadata or ()).get(TOKEN_KEY, "")
         offered = given if isinstance(given, bytes) else given.encode()
         if self.secret is not None and not hmac.compare_digest(offered, self.secret):

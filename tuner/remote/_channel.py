@@ -53,6 +53,7 @@ class _Calls(grpc.UnaryUnaryClientInterceptor):
         self.metadata = [(TOKEN_KEY, secret)] if secret else []
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        """See ``grpc.UnaryUnaryClientInterceptor``."""
         own = _Details(
             details.method,
             details.timeout or CALL_SECONDS,

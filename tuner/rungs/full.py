@@ -59,17 +59,9 @@ def run(
             return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
         return (yield from _run(slot, attempt, stop, on_epoch))
     except LeaseLostError:
-        log.warning("trial %d went to another worker; its result counts", lease.number)
-        slot.session.fenced.drop(lease.trial_id)
-        return Outcome(lease.number, "lost")
+        return _lose(slot, lease)
     except SQLAlchemyError as error:
-        slot.session.fenced.drop(lease.trial_id)
-        if passes(error):
-            raise StorageError(
-                f"the storage did not answer for {PATIENCE / 60:.0f} minutes; trial {lease.number} "
-                "goes on from its last checkpoint once it does; start this worker again then"
-            ) from error
-        _hand_back(slot, lease, "released", "error", traceback.format_exc())
+        _fail_to_store(slot, lease, error)
         raise
     except TunerError as error:
         # What the user can cure, such as an image that is broken: the trial waits for the cure.
@@ -79,10 +71,6 @@ def run(
         if attempt is None:
             _hand_back(slot, lease, "released", "error", traceback.format_exc())
             raise
-        if is_device_broken(error):
-            # Nothing works in this process any more; the trial is found and tried elsewhere.
-            log.error("trial %d: the device broke down: %s", lease.number, error)
-            raise SystemExit(EX_BROKEN) from error
         return _fail(attempt, error)
     except BaseException:
         log.warning("interrupted; trial %d goes on from its last checkpoint", lease.number)
@@ -181,8 +169,38 @@ def _end(
     return Outcome(attempt.number, state, reason, detail)
 
 
+def _lose(slot: Slot, lease: Lease) -> Outcome:
+    """Let go of a trial that is another worker's by now."""
+    log.warning("trial %d went to another worker; its result counts", lease.number)
+    slot.session.fenced.drop(lease.trial_id)
+    return Outcome(lease.number, "lost")
+
+
+def _fail_to_store(slot: Slot, lease: Lease, error: SQLAlchemyError) -> None:
+    """Put a trial back that the storage had an error with; if it is away, the lease runs out.
+
+    Raises:
+        StorageError: The storage did not answer in time.
+    """
+    slot.session.fenced.drop(lease.trial_id)
+    if passes(error):
+        raise StorageError(
+            f"the storage did not answer for {PATIENCE / 60:.0f} minutes; trial {lease.number} "
+            "goes on from its last checkpoint once it does; start this worker again then"
+        ) from error
+    _hand_back(slot, lease, "released", "error", traceback.format_exc())
+
+
 def _fail(attempt: Attempt, error: Exception) -> Outcome:
-    """End a trial with an error that is nobody's wish; which one is told by type and place."""
+    """End a trial with an error that is nobody's wish; which one is told by type and place.
+
+    Raises:
+        SystemExit: The device broke down.
+    """
+    if is_device_broken(error):
+        # Nothing works in this process any more; the trial is found and tried elsewhere.
+        log.error("trial %d: the device broke down: %s", attempt.number, error)
+        raise SystemExit(EX_BROKEN) from error
     text = "".join(traceback.format_exception(error))
     if is_out_of_memory(error):
         return _end(attempt, "failed", "out_of_memory", str(error))

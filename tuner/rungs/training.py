@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from optuna.trial import Trial
 
 from tuner import artifacts
 from tuner.backends import Speed
@@ -21,7 +19,7 @@ from tuner.pruning import MARGIN, Curve, effective_images, is_at_chance, is_behi
 from tuner.recipe import Recipe
 from tuner.rungs import shared
 from tuner.rungs.attempt import Attempt
-from tuner.rungs.outcome import Slot
+from tuner.rungs.outcome import OnEpoch, Slot
 from tuner.seeding import derive_seed
 from tuner.stores import StoreError
 from tuner.trainer import EpochResult, Interrupted, epochs_in_turns
@@ -84,9 +82,7 @@ class Training:
         return bool(needed) or search.pruner == "none" or draw < search.control * 10_000
 
     def run(
-        self,
-        stop: Callable[[], bool],
-        on_epoch: Callable[[Trial, EpochResult, float], None],
+        self, stop: Callable[[], bool], on_epoch: OnEpoch
     ) -> Generator[None, None, Complete | Pruned | Stopped]:
         """Train until the end, a verdict, or a request to stop.
 
@@ -116,37 +112,18 @@ class Training:
         return state is not None and int(state.meta["epoch"]) >= self.recipe.switch_epoch()
 
     def _train(
-        self,
-        resume: Snapshot | None,
-        over: Callable[[], bool],
-        on_epoch: Callable[[Trial, EpochResult, float], None],
+        self, resume: Snapshot | None, over: Callable[[], bool], on_epoch: OnEpoch
     ) -> Generator[None, None, Complete | Pruned | Stopped]:
         saved = time.monotonic()
-        training = epochs_in_turns(
-            self.recipe,
-            self.data,
-            device=self.device,
-            resume=resume,
-            stop=over,
-            micro_batch=self.micro_batch,
-            execution=self.way.execution,
-            stacks=self.slot.stacks,
-            seats=self.way.lanes,
-        )
+        training = self._epochs(resume, over)
         try:
             for result in training:
                 if result is None:
                     yield
                     continue
-                assessment = assess_validation(result.logits, self.data, self.recipe)
-                value = self._report(result, assessment)
-                on_epoch(self.attempt.trial, result, value)
-                if result.epoch + 1 == self.recipe.epochs:
-                    return Complete(result, assessment, value)
-                self._share(result)
-                reason = self._verdict(result, assessment)
-                if reason:
-                    return Pruned(reason, assessment)
+                done = self._judge(result, on_epoch)
+                if done is not None:
+                    return done
                 stopping = over()
                 if stopping or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._keep(result.snapshot())
@@ -158,6 +135,32 @@ class Training:
             self._keep(interruption.snapshot)
             return Stopped()
         raise RuntimeError(f"trial {self.attempt.number} was at its last epoch already")
+
+    def _epochs(
+        self, resume: Snapshot | None, over: Callable[[], bool]
+    ) -> Iterator[EpochResult | None]:
+        return epochs_in_turns(
+            self.recipe,
+            self.data,
+            device=self.device,
+            resume=resume,
+            stop=over,
+            micro_batch=self.micro_batch,
+            execution=self.way.execution,
+            stacks=self.slot.stacks,
+            seats=self.way.lanes,
+        )
+
+    def _judge(self, result: EpochResult, on_epoch: OnEpoch) -> Complete | Pruned | None:
+        """Report an epoch; how the training ended with it, None to go on."""
+        assessment = assess_validation(result.logits, self.data, self.recipe)
+        value = self._report(result, assessment)
+        on_epoch(self.attempt.trial, result, value)
+        if result.epoch + 1 == self.recipe.epochs:
+            return Complete(result, assessment, value)
+        self._share(result)
+        reason = self._verdict(result, assessment)
+        return Pruned(reason, assessment) if reason else None
 
     def _checkpoint(self) -> Snapshot | None:
         """The checkpoint to go on from; what came of an earlier attempt's is noted."""

@@ -58,6 +58,7 @@ class BucketStore(Store):
             )
 
     def read(self, key: str) -> bytes:
+        """See ``Store``."""
         from optuna.artifacts.exceptions import ArtifactNotFound
 
         with self._named("read", key):
@@ -80,14 +81,17 @@ class BucketStore(Store):
         raise AssertionError("the last attempt returns or raises")
 
     def write(self, key: str, content: bytes) -> None:
+        """See ``Store``."""
         with self._named("write", key):
             self._artifacts.write(self._name(key), BytesIO(content))
 
     def remove(self, key: str) -> None:
+        """See ``Store``."""
         with self._named("remove", key):
             self._artifacts.remove(self._name(key))
 
     def keys(self, prefix: str = "") -> list[str]:
+        """See ``Store``."""
         with self._named("list", prefix):
             pages = self._artifacts.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._name(prefix)
@@ -96,6 +100,7 @@ class BucketStore(Store):
         return sorted(name.removeprefix(self._name("")) for name in names)
 
     def within(self, prefix: str) -> BucketStore:
+        """See ``Store``."""
         return BucketStore(self.bucket, self._name(prefix))
 
     def __str__(self) -> str:

@@ -35,6 +35,7 @@ class FolderStore(Store):
                 raise PermissionError(f"{there} is not writable")
 
     def read(self, key: str) -> bytes:
+        """See ``Store``."""
         with self._named("read", key):
             try:
                 return (self.root / key).read_bytes()
@@ -42,12 +43,14 @@ class FolderStore(Store):
                 raise NotThere(self.place(key)) from None
 
     def write(self, key: str, content: bytes) -> None:
+        """See ``Store``."""
         path = self.root / key
         with self._named("write", key):
             write_whole(path, content)
         _sweep(path.parent)
 
     def remove(self, key: str) -> None:
+        """See ``Store``."""
         path = self.root / key
         with self._named("remove", key):
             path.unlink(missing_ok=True)
@@ -56,6 +59,7 @@ class FolderStore(Store):
             path.parent.rmdir()
 
     def keys(self, prefix: str = "") -> list[str]:
+        """See ``Store``."""
         top = self.root / prefix.rpartition("/")[0]
         with self._named("list", prefix):
             paths = [
@@ -68,6 +72,7 @@ class FolderStore(Store):
         return sorted(key for key in keys if key.startswith(prefix))
 
     def within(self, prefix: str) -> FolderStore:
+        """See ``Store``."""
         return FolderStore(self.root / prefix)
 
     def __str__(self) -> str:
