@@ -222,8 +222,9 @@ def twins(
 
 def _is_same_training(lower: FrozenTrial, upper: FrozenTrial) -> bool:
     """Whether two rungs trained a recipe alike; the head rung trains no recipe as full does."""
-    alike = lower.user_attrs["digest"] == upper.user_attrs["digest"]
-    return alike and rung_of(lower) == "deferred"
+    if rung_of(lower) != "deferred":
+        return False
+    return bool(lower.user_attrs["digest"] == upper.user_attrs["digest"])
 
 
 def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = False) -> Agreement:
