@@ -49,6 +49,10 @@ VARIED: dict[str, dict[str, Any]] = {
         "model": {"name": "small_cnn"},
         "loss": {"name": "ldam", "start": 0.5},
     },
+    "fused norms": {
+        "model": {"name": "small_cnn"},
+        "training": {"batch_size": 64, "layout": "fused"},
+    },
     "equalization": {"loss": {"name": "equalization", "threshold": 0.1}},
     "dropout": {"model": {"name": "mlp", "dropout": 0.3}},
 }

@@ -32,12 +32,14 @@ from tuner import contest
 from tuner.alone import alone, cache_folder
 from tuner.compiled import is_wanted
 from tuner.datasets import Data, ResidentImages
+from tuner.fused import can_fuse, has_norms
 from tuner.lane import Lane
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import seeded
 from tuner.steps import Execution
 
 PRECISIONS, LAYOUTS = ("float32", "bfloat16"), ("channels_last", "contiguous")
+FUSED = "fused"
 ROUNDS = 4
 ENOUGH_SECONDS = 5.0
 """After so long there are no more rounds: what takes long is told apart by few."""
@@ -148,7 +150,7 @@ def _key(recipe: Recipe, data: Data, device: str) -> str:
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
     shape = "x".join(map(str, (recipe.training.batch_size, *data.image_shape)))
     where = f"{_device_name(device)}, {torch.get_num_threads()} threads"
-    also = ""
+    also = ", fused too"
     if torch.device(device).type == "cuda":
         also = ", in groups and compiled too" if is_wanted() else ", in groups too"
     return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}{also}"
@@ -187,7 +189,7 @@ def _one_by_one(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
     times: dict[tuple[str, str], list[float]] = {}
     steps: dict[tuple[str, str], Callable[[int], float]] = {}
     few, most = min(SMALLEST, len(indices)), len(indices)
-    for candidate in product(PRECISIONS, LAYOUTS):
+    for candidate in product(PRECISIONS, _layouts(recipe, data, device)):
         step = _step(recipe, data, device, candidate, indices, images)
         try:
             times[candidate] = [step(few) for _ in range(3)]
@@ -206,6 +208,14 @@ def _one_by_one(recipe: Recipe, data: Data, device: str) -> Iterator[Speed]:
             break
     for candidate, seconds in times.items():
         yield Speed(*candidate, round(sizes[candidate] / min(seconds), 1))
+
+
+def _layouts(recipe: Recipe, data: Data, device: str) -> tuple[str, ...]:
+    """Those that are of use for the recipe's model."""
+    with seeded("probe"):
+        model = recipe.model.build(data.num_classes, data.image_shape)
+    fuses = has_norms(model) and can_fuse(torch.device(device))
+    return (*LAYOUTS, FUSED) if fuses else LAYOUTS
 
 
 def _batch(recipe: Recipe, data: Data) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from tuner.checkpoint import Snapshot
 from tuner.chunks import evaluation_batch, logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images, ResidentImages
+from tuner.fused import FusedPasses, can_fuse
 from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
@@ -49,12 +50,13 @@ class Lane:
         self.data = data
         self.device = torch.device(device)
         self.micro_batch, self.dtype = micro_batch, dtype
-        self.epoch = 0
-        self.stage = 0
+        self.epoch = self.stage = 0
         self.compiles = False
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.generator = generator(recipe.seed, "augment")
         self.model = self._build_model()
+        fuses = recipe.training.layout == "fused" and can_fuse(self.device)
+        self.passes: Forward = FusedPasses(self.model) if fuses else self.model
         losses = recipe.training.losses(recipe.loss)
         self.losses: list[Loss] = for_each_stage(
             losses, lambda loss, _: loss.build(data.class_counts).to(self.device)
@@ -248,7 +250,7 @@ class Lane:
         inputs = inputs.to(self.dtype).contiguous(memory_format=self._layout)
         half = self.recipe.training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            logits: Tensor = (run or self.model)(inputs)
+            logits: Tensor = (run or self.passes)(inputs)
         return logits.to(self.dtype)
 
     def rates(self, share: float) -> list[float]:

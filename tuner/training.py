@@ -14,7 +14,7 @@ from tuner.registry import Registry, component
 from tuner.samplers import ClassAware, Natural
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Layout = Literal["auto", "channels_last", "contiguous"]
+Layout = Literal["auto", "channels_last", "contiguous", "fused"]
 
 LAST = 0.999
 """A share of training that every last epoch has passed, or nearly so."""
@@ -58,7 +58,9 @@ class TrainingBase:
 
     ``precision`` and ``layout`` of the activations are "auto" where the machine shall choose: a
     study's trial takes what is fastest on its first worker, and its recipe says which that was.
-    Outside a study "auto" is float32 in channels_last.
+    Outside a study "auto" is float32 in channels_last. "fused" is channels_last where one thread
+    of a processor computes batch norms together with what follows them (``tuner.fused``); anywhere
+    else it is channels_last.
     """
 
     batch_size: int
