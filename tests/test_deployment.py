@@ -212,10 +212,11 @@ class TestImage:
         """Only packages and what pyproject.toml names beside them are installed."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         named = project["tool"]["setuptools"]["package-data"]["tuner"]
-        files = [path for path in (ROOT / "tuner").rglob("*") if path.is_file()]
+        found = (path for path in (ROOT / "tuner").rglob("*") if path.is_file())
+        files = [path for path in found if path.parent.name != "__pycache__"]
         sources = [path for path in files if path.suffix == ".py"]
         assert all((path.parent / "__init__.py").exists() for path in sources)
-        others = {path for path in files if path.suffix not in (".py", ".pyc")}
+        others = {path for path in files if path.suffix != ".py"}
         assert others == {path for name in named for path in (ROOT / "tuner").glob(name)}
 
 

@@ -319,18 +319,18 @@ def fusing_lane(digits: Data) -> Lane:
 def test_without_the_compiler_or_with_more_threads_the_layout_is_channels_last(
     digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert isinstance(fusing_lane(digits).passes, FusedPasses)
+    assert isinstance(fusing_lane(digits).fused, FusedPasses)
     try:
         torch.set_num_threads(2)
         lane = fusing_lane(digits)
-        assert lane.passes is lane.model
+        assert lane.fused is None
     finally:
         torch.set_num_threads(1)
     package._are_there.cache_clear()
     monkeypatch.setitem(sys.modules, "tuner.fused._kernels", None)
     lane = fusing_lane(digits)
     package._are_there.cache_clear()
-    assert lane.passes is lane.model
+    assert lane.fused is None
     weight = lane.model.backbone[4].weight  # type: ignore[index]
     assert weight.is_contiguous(memory_format=torch.channels_last)
 

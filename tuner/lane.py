@@ -56,7 +56,7 @@ class Lane:
         self.generator = generator(recipe.seed, "augment")
         self.model = self._build_model()
         fuses = recipe.training.layout == "fused" and can_fuse(self.device)
-        self.passes: Forward = FusedPasses(self.model) if fuses else self.model
+        self.fused = FusedPasses(self.model) if fuses else None
         losses = recipe.training.losses(recipe.loss)
         self.losses: list[Loss] = for_each_stage(
             losses, lambda loss, _: loss.build(data.class_counts).to(self.device)
@@ -250,7 +250,7 @@ class Lane:
         inputs = inputs.to(self.dtype).contiguous(memory_format=self._layout)
         half = self.recipe.training.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            logits: Tensor = (run or self.passes)(inputs)
+            logits: Tensor = (run or self.fused or self.model)(inputs)
         return logits.to(self.dtype)
 
     def rates(self, share: float) -> list[float]:
