@@ -1,7 +1,7 @@
 """Does a recipe come to the same accuracy in Tuner as in the ordinary loop of ``trainer.py``?
 
 One recipe per model (learning rate, exponent of the sampler) is trained with several seeds by the
-loop as tutorials write it, and by Tuner in both precisions. Printed is the balanced accuracy on
+loop as tutorials write it, and by Tuner in both precisions, with fused norms. Printed is the balanced accuracy on
 the validation part, mean and standard error over the seeds, and Tuner's less the loop's.
 
     python tests/benchmarks/equal.py --data FOLDER --seeds 10    # train/ and val/; about 20 minutes
@@ -37,7 +37,7 @@ def by_tuner(file: StudyFile, data: Data, precision: Precision, seed: int) -> fl
     """Train the recipe; its balanced accuracy on the validation part."""
     found = {"optimizer.sgd.lr": LR, "sampler.class_aware.exponent": EXPONENT}
     recipe: Recipe = file.space.suggest(FixedTrial(found))
-    training = replace(recipe.training, precision=precision)
+    training = replace(recipe.training, precision=precision, layout="fused")
     recipe = replace(recipe, data=file.data, seed=seed, training=training)
     *_, last = epochs(recipe, data)
     guesses = last.lane.logits(data.validation.images).argmax(1)
