@@ -282,6 +282,21 @@ class Choosy(nn.Module):
         return normed if normed.mean() > 0 else -normed
 
 
+def test_norm_that_is_called_in_an_unusual_way_is_left_alone() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.relu(self.norm(input=images))
+
+    model, images = Named(), torch.randn(4, 3, 6, 6)
+    made = fused(model)
+    assert made is not None
+    assert torch.equal(made(images), copy.deepcopy(model)(images))
+
+
 def test_model_that_looks_at_values_or_has_no_norms_is_left_alone() -> None:
     assert fused(Choosy()) is None
     assert fused(nn.Linear(3, 2)) is None

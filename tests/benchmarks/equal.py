@@ -1,8 +1,9 @@
 """Does a recipe come to the same accuracy in Tuner as in the ordinary loop of ``trainer.py``?
 
 One recipe per model (learning rate, exponent of the sampler) is trained with several seeds by the
-loop as tutorials write it, and by Tuner in both precisions, with fused norms. Printed is the balanced accuracy on
-the validation part, mean and standard error over the seeds, and Tuner's less the loop's.
+loop as tutorials write it, and by Tuner in both precisions, with fused norms. Printed is the
+balanced accuracy on the validation part, mean and standard error over the seeds, and Tuner's less
+the loop's.
 
     python tests/benchmarks/equal.py --data FOLDER --seeds 10    # train/ and val/; about 20 minutes
 """

@@ -34,10 +34,10 @@ def traced(model: nn.Module) -> nn.Module | None:
     try:
         found = fx.symbolic_trace(model)
     except Exception as reason:  # whatever a model's code makes of stand-ins for tensors
-        log.info("the batch norms of %s are not fused: %s", type(model).__name__, reason)
+        log.debug("the batch norms of %s are not fused: %s", type(model).__name__, reason)
         return None
     layers = dict(found.named_modules())
-    norms = [node for node in found.graph.nodes if type(_layer(node, layers)) is nn.BatchNorm2d]
+    norms = [node for node in found.graph.nodes if _is_norm(node, layers)]
     for number, node in enumerate(norms):
         chain, norm = _chain(node, layers), layers[str(node.target)]
         assert isinstance(norm, nn.BatchNorm2d)
@@ -96,6 +96,11 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _layer(node: fx.Node | None, layers: Layers) -> nn.Module | None:
     return layers.get(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def _is_norm(node: fx.Node, layers: Layers) -> bool:
+    plainly = len(node.args) == 1 and not node.kwargs
+    return plainly and type(_layer(node, layers)) is nn.BatchNorm2d
 
 
 def _is_relu(node: fx.Node | None, layers: Layers) -> bool:
