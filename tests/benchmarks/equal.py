@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=100.0)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--size", type=int)
+    parser.add_argument("--channels", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{date.today()}: balanced accuracy, {options.seeds} seeds")

@@ -266,6 +266,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=100, help="imbalance that is carved")
     parser.add_argument("--product", type=int, default=8192, help="side of the matrices")
     parser.add_argument("--copy", type=int, default=2048, help="megabytes")
+    parser.set_defaults(size=None, channels=None)
     options = parser.parse_args()
     options.epochs, options.size, options.reached = dict(options.epochs), None, {}
     options.processes, options.ways = dict(options.processes), {}

@@ -76,7 +76,7 @@ def study(model: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             "name": "image_folder",
             "root": str(options.data.absolute()),
             "image_size": options.size or side,
-            "channels": channels,
+            "channels": options.channels or channels,
             "validation_cap": 0,
             **({"profile": profile} if options.ratio > 1 else {}),
         },
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=4, help="times as many for Tuner")
     parser.add_argument("--epochs", type=int, help="per trial (default: 5, 2 and 1)")
     parser.add_argument("--size", type=int, help="of the images (default: 28 and 32)")
+    parser.add_argument("--channels", type=int, help="of the images (default: 1, 1 and 3)")
     parser.add_argument("--ratio", type=float, default=100, help="imbalance that is carved")
     parser.add_argument("--scaling", action="store_true")
     options = parser.parse_args()
