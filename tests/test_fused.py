@@ -157,7 +157,7 @@ def test_in_bfloat16_it_is_no_further_from_float64_than_the_layers_are(
     found = passed(model, made, size, dtype=torch.bfloat16)
     for what in found:
         distance = apart(by_layers[what], expected[what])
-        assert apart(found[what], expected[what]) < 1.3 * distance + 1e-6, what
+        assert apart(found[what], expected[what]) < 1.6 * distance + 1e-6, what
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
