@@ -155,6 +155,23 @@ def test_layout_is_that_of_the_model(digits: Data) -> None:
         assert weight.is_contiguous(memory_format=torch.channels_last) == expected
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "fused"])
+def test_maps_of_grey_images_lie_as_those_of_others(digits: Data, layout: str) -> None:
+    which = recipe(model={"name": "small_cnn"}, training={"batch_size": 64, "layout": layout})
+    lane = Lane(which, digits, "cpu")
+    lane.begin_epoch()
+    found: list[bool] = []
+
+    def look(_: object, __: object, maps: torch.Tensor) -> None:
+        found.append(maps.is_contiguous(memory_format=torch.channels_last))
+
+    lane.model.backbone[0].register_forward_hook(look)  # type: ignore[index]
+    lane.logits(digits.validation.images)
+    for indices, images in lane.images(lane.plan()[:1]):
+        lane.step(indices, images, share=0.0)
+    assert set(found) == {layout != "contiguous"}
+
+
 def test_trial_is_stored_with_what_it_was_trained_in(
     make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
