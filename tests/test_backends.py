@@ -55,6 +55,13 @@ def test_fastest_that_the_recipe_allows_is_taken(
     assert (best.precision, best.layout) == expected
 
 
+def test_where_norms_are_not_fused_that_layout_is_channels_last() -> None:
+    best = fastest(SingleStage(layout="fused"), MEASURED)
+    assert (best.precision, best.layout) == ("bfloat16", "channels_last")
+    fusing = [*MEASURED, Speed("bfloat16", "fused", 150.0)]
+    assert fastest(SingleStage(layout="fused"), fusing).layout == "fused"
+
+
 def test_little_gain_is_no_reason_to_leave_float32() -> None:
     close = [MEASURED[0], Speed("bfloat16", "channels_last", 104.0)]
     assert fastest(SingleStage(), close) == MEASURED[0]

@@ -100,13 +100,17 @@ def chosen(recipe: Recipe, data: Data, device: str, most: int | None = None) -> 
 def fastest(training: Any, measured: list[Speed], most: int | None = None) -> Speed:
     """The plainest of the candidates that are nearly as fast as the fastest the training allows.
 
-    With at ``most`` so many lanes at once a larger group would have empty seats.
+    With at ``most`` so many lanes at once a larger group would have empty seats. Where norms are
+    not fused, that layout is channels_last.
     """
+    layout = training.layout
+    if layout == FUSED and FUSED not in {speed.layout for speed in measured}:
+        layout = LAYOUTS[0]
     allowed = [
         speed
         for speed in measured
         if training.precision in ("auto", speed.precision)
-        and training.layout in ("auto", speed.layout)
+        and layout in ("auto", speed.layout)
         and (speed.execution != "grouped" or most is None or speed.lanes <= most)
     ]
     if not allowed:

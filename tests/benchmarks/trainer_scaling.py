@@ -18,7 +18,11 @@ from tuner.models import head_state
 from tuner.recipe import Recipe
 from tuner.trainer import epochs
 
-IMAGES = (2_000, 6_300, 20_000)
+IMAGES = {
+    "mlp": (2_000, 6_300, 20_000),
+    "small_cnn": (2_000, 6_300, 20_000),
+    "resnet20": (500, 1_580, 5_000),
+}
 CLASSES = (20, 63, 200)
 REPEATS = 2
 EPOCHS = 2
@@ -51,6 +55,7 @@ def cost(data: Data, model: str) -> float:
             "data": {"name": "digits"},
             "model": {"name": model},
             "augment": {"name": "standard"},
+            "training": {"name": "single_stage", "layout": "fused"},
             "sampler": {"name": "class_aware", "exponent": 0.5},
         }
     )
@@ -82,10 +87,10 @@ def print_scaling() -> None:
     """Costs and fitted exponents; 1 is linear, 0 is flat."""
     torch.set_num_threads(1)
     cost(made_up(1_000, 10), "mlp")
-    for model in ("mlp", "small_cnn"):  # a minute of one core
-        data = [cost(made_up(images, 20), model) for images in IMAGES]
-        classes = [cost(made_up(IMAGES[2], count), model) for count in CLASSES]
-        for what, sizes, costs in (("images", IMAGES, data), ("classes", CLASSES, classes)):
-            shown = ", ".join(f"{s}: {c:.2f}" for s, c in zip(sizes, costs, strict=True))
-            fit = exponent(sizes, costs)
+    for model, sizes in IMAGES.items():  # four minutes of one core
+        data = [cost(made_up(images, 20), model) for images in sizes]
+        classes = [cost(made_up(sizes[2], count), model) for count in CLASSES]
+        for what, counts, costs in (("images", sizes, data), ("classes", CLASSES, classes)):
+            shown = ", ".join(f"{s}: {c:.2f}" for s, c in zip(counts, costs, strict=True))
+            fit = exponent(counts, costs)
             print(f"{model}, cpu-s per trial by {what}: {shown}; exponent {fit:.2f}")
