@@ -115,6 +115,13 @@ def passed(
     }
 
 
+def fused_pass(model: nn.Module) -> nn.Module:
+    """The pass of a model that has norms to fuse."""
+    made = fused(model)
+    assert made is not None
+    return made
+
+
 def apart(found: list[Tensor], expected: list[Tensor]) -> float:
     """Relative distance of all together."""
     away = sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True))
@@ -123,9 +130,7 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def fused_norms(model: nn.Module) -> list[FusedNorm]:
     """What was fused in a model."""
-    made = fused(model)
-    assert made is not None
-    return [module for module in made.modules() if isinstance(module, FusedNorm)]
+    return [module for module in fused_pass(model).modules() if isinstance(module, FusedNorm)]
 
 
 CASES = [("small_cnn", 16), ("small_cnn", 15), ("resnet20", 16), ("torchvision", 33)]
@@ -137,8 +142,7 @@ def test_training_pass_agrees_with_float64_as_well_as_the_layers_do(name: str, s
     model = model_of(name, size)
     exact = copy.deepcopy(model).double()
     expected = passed(exact, exact, size)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     found = passed(model, made, size)
     for what, limit in (("logits", 1e-5), ("gradients", 1e-4), ("buffers", 1e-6)):
         assert apart(found[what], expected[what]) < limit, what
@@ -152,8 +156,7 @@ def test_in_bfloat16_it_is_no_further_from_float64_than_the_layers_are(
     exact, layers = copy.deepcopy(model).double(), copy.deepcopy(model)
     expected = passed(exact, exact, size)
     by_layers = passed(layers, layers, size, dtype=torch.bfloat16)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     found = passed(model, made, size, dtype=torch.bfloat16)
     for what in found:
         distance = apart(by_layers[what], expected[what])
@@ -164,8 +167,7 @@ def test_in_bfloat16_it_is_no_further_from_float64_than_the_layers_are(
 def test_evaluation_agrees_with_the_layers(name: str, size: int) -> None:
     model = model_of(name, size).eval()
     images = torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     with torch.inference_mode():
         torch.testing.assert_close(made(images), model(images), rtol=1e-4, atol=1e-5)
 
@@ -205,8 +207,7 @@ def test_norms_may_have_negative_weights(name: str) -> None:
         model.norm.weight[::2] *= -1  # type: ignore[union-attr, operator, index]
     exact = copy.deepcopy(model).double()
     expected = passed(exact, exact, 12)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     found = passed(model, made, 12)
     assert all(apart(found[what], expected[what]) < 1e-4 for what in found)
 
@@ -227,8 +228,7 @@ def test_statistics_of_maps_far_from_zero_are_exact() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_has_diverged_stays_so(name: str, training: bool, value: float) -> None:
     model = model_of(name, 12).train(training)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     images = torch.randn(4, 3, 12, 12).contiguous(memory_format=torch.channels_last)
     images[1, :, 5, 5] = value
     with torch.no_grad():
@@ -264,8 +264,7 @@ def test_unusual_norms_are_left_to_the_layers(options: dict[str, Any]) -> None:
 def test_frozen_norm_hands_gradients_on() -> None:
     model = model_of("relu, pooling", 12).eval()
     layers = copy.deepcopy(model)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     found, expected = passed(model, made, 12), passed(layers, layers, 12)
     assert all(apart(found[what], expected[what]) < 1e-6 for what in found)
 
@@ -292,8 +291,7 @@ def test_norm_that_is_called_in_an_unusual_way_is_left_alone() -> None:
             return F.relu(self.norm(input=images))
 
     model, images = Named(), torch.randn(4, 3, 6, 6)
-    made = fused(model)
-    assert made is not None
+    made = fused_pass(model)
     assert torch.equal(made(images), copy.deepcopy(model)(images))
 
 

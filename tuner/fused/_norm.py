@@ -96,6 +96,7 @@ class _Normed(torch.autograd.Function):
         norm: nn.BatchNorm2d,
         positive: bool,
     ) -> Tensor:
+        """Maps like ``maps``; the running statistics of ``norm`` move towards the batch's."""
         ctx.found = _statistics(maps, norm)
         mean, inverse = ctx.found
         out = _normed(maps, mean, inverse, weight, bias, added, positive)
@@ -105,6 +106,7 @@ class _Normed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of maps, weight, bias and, where they want one, of the added maps."""
         maps, weight, out = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         wanted = gradient if ctx.needs_input_grad[3] else None
@@ -127,6 +129,7 @@ class _Pooled(torch.autograd.Function):
     def forward(
         ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
     ) -> Tensor:
+        """Maps (N, c, H/2, W/2); the running statistics of ``norm`` move towards the batch's."""
         ctx.found = _statistics(maps, norm)
         mean, inverse = ctx.found
         out, ctx.where = _pooled(maps, mean, inverse, weight, bias, remember=True)
@@ -136,6 +139,7 @@ class _Pooled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of maps, weight and bias."""
         maps, weight, out = ctx.saved_tensors
         given = _pixels(gradient.contiguous(memory_format=torch.channels_last))
         sums, into = np.zeros((2, maps.shape[1])), torch.empty_like(maps)
