@@ -46,8 +46,22 @@ def _pooled_twice(normed: Tensor, _: Tensor) -> Tensor:
 
 def _into_another(normed: Tensor, other: Tensor) -> Tensor:
     """The norm is added to what is needed again."""
+    kept = other
     other += normed
-    return F.relu(other) + other
+    return F.relu(other) + kept
+
+
+def _disturbed(normed: Tensor, other: Tensor) -> Tensor:
+    """What is added changes before the sum is used."""
+    both = normed + other
+    other.mul_(3.0)
+    return F.relu(both) + other
+
+
+def _summed_under_two_names(normed: Tensor, other: Tensor) -> Tensor:
+    kept = normed
+    normed += other
+    return F.relu(normed) + kept
 
 
 def _normed_twice(normed: Tensor, other: Tensor) -> Tensor:
@@ -68,6 +82,8 @@ ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a number added": lambda normed, _: F.relu(normed + 1.0),
     "doubled": lambda normed, _: F.relu(normed + normed),
     "added to another in place": _into_another,
+    "summed under two names": _summed_under_two_names,
+    "disturbed": _disturbed,
     "needed twice": _normed_twice,
     "leaky": lambda normed, _: F.leaky_relu(normed),
     "nothing": lambda normed, _: normed,
@@ -185,6 +201,8 @@ def test_evaluation_agrees_with_the_layers(name: str, size: int) -> None:
         ("twice the sum", False, False),
         ("relu, sum", False, True),
         ("added to another in place", False, False),
+        ("summed under two names", False, False),
+        ("disturbed", False, False),
         ("needed twice", False, False),
         ("leaky", False, False),
     ],

@@ -16,6 +16,7 @@ from tuner.fused._norm import FusedNorm
 RELUS: tuple[Any, ...] = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 SUMS: tuple[Any, ...] = (operator.add, torch.add, "add")
 SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, "add_")
+IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 POOL = {
     "kernel_size": 2,
     "stride": 2,
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 def traced(model: nn.Module) -> nn.Module | None:
     """See ``tuner.fused.fused``."""
     try:
-        found = fx.symbolic_trace(model)
+        found = fx.GraphModule(model, _Tracer().trace(model))
     except Exception as reason:  # whatever a model's code makes of stand-ins for tensors
         log.debug("the batch norms of %s are not fused: %s", type(model).__name__, reason)
         return None
@@ -46,6 +47,32 @@ def traced(model: nn.Module) -> nn.Module | None:
         _replace(found.graph, chain, name)
     found.recompile()
     return found
+
+
+class _Proxy(fx.Proxy):
+    """Stands for a tensor; what is written into it in place is traced so.
+
+    fx itself takes ``a += b`` for ``a = a + b``, which is another thing where ``a`` has two names.
+    """
+
+
+def _recorded(name: str) -> Any:
+    """The method of a proxy for an operator in place."""
+    target = getattr(operator, name)
+
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _recorded(_name))
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 @dataclass
@@ -75,7 +102,25 @@ def _chain(norm: fx.Node, layers: Layers) -> _Chain:
         else:
             break
         chain.nodes.append(node)
-    return chain
+    return chain if _is_undisturbed(chain, layers) else _Chain([norm])
+
+
+def _is_undisturbed(chain: _Chain, layers: Layers) -> bool:
+    """Whether nothing is written in place while the chain is under way, but by the chain."""
+    node, last = chain.nodes[0], chain.nodes[-1]
+    while node is not last:
+        node = node.next
+        if node not in chain.nodes and _writes(node, layers):
+            return False
+    return True
+
+
+def _writes(node: fx.Node, layers: Layers) -> bool:
+    """Whether an operation may write its result over what it is given."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    asked = bool(node.kwargs.get("inplace")) or any(each is True for each in node.args)
+    by_layer = bool(getattr(_layer(node, layers), "inplace", False))
+    return asked or by_layer or name in IN_PLACE or name.endswith("_")
 
 
 def _replace(graph: fx.Graph, chain: _Chain, name: str) -> None:
