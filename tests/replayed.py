@@ -23,16 +23,16 @@ class Late:
     """A mark that is passed at the second look, and what was launched before it is done then."""
 
     def __init__(self, device: HostGraphs) -> None:
-        self.looks, self.device = itertools.count(), device
+        self.looks, self.device, self.passed = itertools.count(), device, False
 
     def query(self) -> bool:
-        passed = next(self.looks) > 0
-        if passed:
-            self.device.catch_up()
-        return passed
+        if next(self.looks) > 0:
+            self.synchronize()
+        return self.passed
 
     def synchronize(self) -> None:
         self.device.catch_up()
+        self.passed = True
 
 
 class HostGraphs:
@@ -44,6 +44,7 @@ class HostGraphs:
     def __init__(self) -> None:
         self.random = torch.Generator().get_state()
         self.recorded = 0
+        self.marks: list[Late] = []
         self.launched: deque[Callable[[], None]] = deque()
 
     def catch_up(self) -> None:
@@ -70,7 +71,8 @@ class HostGraphs:
         return lambda: self.launched.append(step)
 
     def mark(self) -> Late:
-        return Late(self)
+        self.marks.append(Late(self))
+        return self.marks[-1]
 
     def reseed(self, seed: int, random: Mapping[str, Tensor] | None) -> None:
         self.catch_up()

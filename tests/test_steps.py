@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from replayed import Replaying
+from replayed import HostGraphs, Replaying
 from test_trainer_interruption import stopped, through_a_file
 from torch import Tensor
 from trainer_cases import VARIED, Trained, recipe, trained
@@ -23,6 +23,7 @@ from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.losses import CrossEntropyLoss
 from tuner.recipe import Recipe
+from tuner.stacks import Stacks
 from tuner.steps import PlainSteps, SeatedSteps, _seated, steps_of
 from tuner.trainer import EpochResult, epochs, epochs_in_turns
 
@@ -111,6 +112,20 @@ def test_step_is_recorded_once_for_each_size_of_batch(digits: Data, replaying: R
 def test_step_is_recorded_anew_when_its_loss_needs_more(digits: Data, replaying: Replaying) -> None:
     list(epochs(recipe(**VARIED["deferred sampler and weights"]), digits))
     assert replaying.recorded == 4
+
+
+def test_epoch_of_which_no_step_is_left_waits_for_the_losses_that_it_began_with(
+    digits: Data,
+) -> None:
+    lane, device = Lane(recipe(), digits, "cpu"), HostGraphs()
+    lane.begin_epoch()
+    batches = lane.plan()
+    steps = SeatedSteps(lane, Stacks(lambda _: device))
+    steps.total.fill_(3.0)
+    list(steps.run(batches, len(batches), None))
+    assert device.marks
+    assert all(mark.passed for mark in device.marks)
+    assert float(steps.total) == 3.0
 
 
 @pytest.mark.usefixtures("replaying")

@@ -181,6 +181,11 @@ class Stack:
             losses = recorded.losses[: len(chunk), seat].flatten().clone()
             self.lanes[seat].noted.append((chunk.indices.flatten(), losses))
 
+    def mark(self) -> Mark:
+        """The place after all that was launched so far."""
+        with self.device.work():
+            return self.device.mark()
+
     def wait(self) -> None:
         """Wait until nothing is in flight."""
         while self.flight:

@@ -62,6 +62,8 @@ class SeatedSteps:
             return
         if stack.seats == 1:
             stack.device.reseed(derive_seed(*self._epoch), random)
+        # Where no step is left, what is read at the end is what the stack's stream copied just now.
+        self.launched.append((stack.mark(), done))
         try:
             for begin, end in _chunks(batches, done):
                 yield from self._launch(stack, batches, begin, end)
