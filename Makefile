@@ -1,15 +1,19 @@
 # make demo: install and run the main job.  make test: install and run all tests.
+# make gpu: run the tests that need a GPU with one that is pretended (ten minutes).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu lint format clean
 
 demo: .venv/run
 	$(BIN)/tuner run studies/digits.toml
 
 test: .venv/test
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+gpu: .venv/test
+	PYTHONPATH=tests $(BIN)/python -m pretended -m "gpu and not real" -n 2 tests
 
 lint: .venv/test
 	$(BIN)/ruff check .

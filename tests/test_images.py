@@ -248,7 +248,8 @@ def test_streamed_batches_on_a_gpu_are_those_of_the_files(files: list[str]) -> N
         pytest.skip("no CUDA device")
     streamed = StreamedImages(tuple(files), 8, 3)
     order = list(torch.split(torch.arange(len(files)), 2))
-    there = list(streamed.to("cuda").batches(order, workers=2, pin=True))
+    # Each is used and given back before the next one comes, as in training.
+    there = [batch.clone() for batch in streamed.to("cuda").batches(order, workers=2, pin=True)]
     assert all(batch.is_cuda for batch in there)
     pairs = zip(there, streamed.batches(order), strict=True)
     assert all(torch.equal(batch.cpu(), here) for batch, here in pairs)
@@ -261,6 +262,6 @@ def test_mapped_batches_on_a_gpu_are_those_of_the_tensor(files: list[str]) -> No
     pixels = torch.from_numpy(decoded(files, 8, 3))
     order = list(torch.split(torch.arange(len(files)).flip(0), 2))
     mapped = MappedImages(pixels, torch.arange(len(files))).to("cuda")
-    there = list(mapped.batches(order, workers=2, pin=True))
+    there = [batch.clone() for batch in mapped.batches(order, workers=2, pin=True)]
     assert all(batch.is_cuda for batch in there)
     assert torch.equal(torch.cat(there).cpu(), pixels.flip(0))

@@ -294,6 +294,7 @@ def test_chunk_of_a_group_makes_nobody_wait(on_device: Data) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real
 def test_probe_measures_groups(
     on_device: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

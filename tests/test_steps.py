@@ -326,6 +326,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @on_gpu
+@pytest.mark.real
 def test_probe_finds_that_small_networks_want_company(on_device: Data, cache: Path) -> None:
     way = chosen(recipe(training={"batch_size": 64, "precision": "float32"}), on_device, "cuda")
     assert way.execution == "graph"
@@ -334,6 +335,7 @@ def test_probe_finds_that_small_networks_want_company(on_device: Data, cache: Pa
 
 
 @on_gpu
+@pytest.mark.real
 def test_memory_of_a_training_is_given_back_at_its_end(on_device: Data) -> None:
     which = recipe(model={"name": "resnet20"}, length=1)
     left = []

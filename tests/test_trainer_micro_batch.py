@@ -210,6 +210,7 @@ def test_bfloat16_in_chunks_trains_as_well(digits: Data) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real
 def test_micro_batches_need_less_memory_on_the_gpu(digits: Data) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
