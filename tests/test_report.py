@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from fabricated import SCRIPT, add_trial, empty_session, rich_session, verdict
 
+from tuner.cli.finish import conclusions
+from tuner.confirmation import ONE_TRAINING_EACH
 from tuner.errors import StorageError
 from tuner.report import data as numbers
 from tuner.report import report_html, write_report
+from tuner.report.lead import lead
 from tuner.session import Session
 
 COMPLETE_BASELINE: dict[str, Any] = {"loss": "cross_entropy", "baseline": True}
@@ -88,6 +91,19 @@ class TestPage:
         text = own_text(report_html(session))
         assert "overall accuracy stays at 4.0 % or above; plain cross-entropy has 5.0 %." in text
         assert "plain cross-entropy does no better than guessing" in text
+
+    def test_says_when_the_seeds_do_not_tell_the_compared_recipes_apart(
+        self, session: Session
+    ) -> None:
+        session.study.set_user_attr("verdict", verdict(best=3))
+        overview, found = numbers.overview_data(session), numbers.verdict_data(session)
+        beside = numbers.ConfirmedData("tail_accuracy", 4, False, False, (2, 8), (), (5,))
+        with_plain = replace(beside, rivals=(5, 0))
+        shown = ["".join(lead(overview, found, seeds)) for seeds in (with_plain, beside, None)]
+        assert [ONE_TRAINING_EACH in text for text in shown] == [True, False, False]
+        told = {"beyond_adjustment": {}, "confirmed": {"rivals": [0]}}
+        [first, *_] = conclusions(session, verdict(best=3, **told))
+        assert first.endswith(f"accuracy by +20.0 [+10.0, +30.0] points. {ONE_TRAINING_EACH}")
 
     def test_has_all_figures_and_plotly_once(self, page: str) -> None:
         assert figure_names(page) == ["recall", "history", "losses", "tradeoff", "pruning"]

@@ -19,6 +19,13 @@ Found = dict[str, Any]
 REFERENCES: tuple[Role, ...] = ("plain", "tuned")
 
 
+ONE_TRAINING_EACH = (
+    "One training of each is compared here. With fresh seeds the two recipes are not told apart, "
+    "so the difference may be one of these two trainings only."
+)
+"""What a verdict says of two models that differ while the seeds do not tell their recipes apart."""
+
+
 def confirmation(
     session: Session, data: Data, metrics: Sequence[str], *, device: str = "cpu"
 ) -> Found | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.cli.show import percent
+from tuner.confirmation import ONE_TRAINING_EACH
 from tuner.datasets import Data
 from tuner.engines import masked
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
@@ -154,7 +155,9 @@ def _difference(metric: str, verdict: dict[str, Any]) -> str:
     sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
     if not sure:
         return f"These images do not show a difference in {LABELS[shown]} accuracy."
-    return f"The recipes differ in {LABELS[shown]} accuracy by {points(found)} points."
+    text = f"The recipes differ in {LABELS[shown]} accuracy by {points(found)} points."
+    rivals = (verdict.get("confirmed") or {}).get("rivals", ())
+    return f"{text} {ONE_TRAINING_EACH}" if verdict["baseline"] in rivals else text
 
 
 def _free_gain(verdict: dict[str, Any]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tuner.report.data import OverviewData, VerdictData, VerdictRow
+from tuner.confirmation import ONE_TRAINING_EACH
+from tuner.report.data import ConfirmedData, OverviewData, VerdictData, VerdictRow
 from tuner.report.markup import Html, element, table
 from tuner.report.words import amount, capital, count, difference, estimate, label, p_value, size
 
 
-def lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
+def lead(
+    overview: OverviewData, verdict: VerdictData | None, confirmed: ConfirmedData | None
+) -> Iterator[Html]:
     """The answer first; what is missing is said where it would stand."""
     yield element("p", _goal(overview), " ", _progress(overview), class_="soft")
     yield element("h2", "Verdict")
@@ -17,7 +20,7 @@ def lead(overview: OverviewData, verdict: VerdictData | None) -> Iterator[Html]:
         yield element("p", _why_no_verdict(overview), class_="note")
         return
     yield element("p", *_headline(verdict), class_="lead")
-    yield from (element("p", note, class_="note") for note in _cautions(verdict))
+    yield from (element("p", note, class_="note") for note in _cautions(verdict, confirmed))
     where = f"{count(verdict.images, 'image')} of the {verdict.part} part"
     how = f", the best recipe with logit adjustment τ = {verdict.tau:.2f}" if verdict.tau else ""
     yield table(
@@ -94,7 +97,11 @@ def _number(text: str) -> Html:
     return element("span", text, class_="number") if text else Html("")
 
 
-def _cautions(verdict: VerdictData) -> Iterator[str]:
+def _cautions(verdict: VerdictData, confirmed: ConfirmedData | None) -> Iterator[str]:
+    told = verdict.rows[0].difference
+    if confirmed is not None and verdict.baseline in confirmed.rivals:
+        if told is not None and told.outcome != "unclear":
+            yield ONE_TRAINING_EACH
     if verdict.part == "validation":
         yield (
             "The data have no test part. These are the images the search chose by, so the best "

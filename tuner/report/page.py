@@ -64,10 +64,10 @@ def write_report(session: Session, path: Path) -> None:
 def report_html(session: Session) -> str:
     """The report as HTML text; it needs no network and runs no script but its own."""
     session = numbers.still(session)
-    overview = numbers.overview_data(session)
+    overview, seeds = numbers.overview_data(session), numbers.confirmed_data(session)
     content = [
-        *lead(overview, numbers.verdict_data(session)),
-        *confirmed(numbers.confirmed_data(session)),
+        *lead(overview, numbers.verdict_data(session), seeds),
+        *confirmed(seeds),
         *_recipe(overview),
         *_data(overview),
         *climb(numbers.ladder_data(session)),
