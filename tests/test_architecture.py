@@ -39,7 +39,7 @@ confirm
 rounds
 tickets
 session
-trained proposals
+trained proposals doubts
 confirmation
 goals rungs verdict report card
 worker export web

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuner import imbalance
 from tuner.errors import DataError
-from tuner.imbalance import Groups, TailRule, WeightNormalization
+from tuner.imbalance import Groups, TailRule, WeightNormalization, class_entropy
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden" / "metrics.json").read_text(encoding="utf-8")
@@ -138,6 +138,14 @@ def test_priors_are_the_shares_and_their_logarithms_stay_finite(counts: list[int
         torch.testing.assert_close(logarithms.exp(), priors)
     else:
         assert int(logarithms.argmin()) == counts.index(0), "a class without samples is rarest"
+
+
+@pytest.mark.parametrize("counts", [[5, 5, 5, 5], [100, 10, 1], [0, 3, 7], [4]])
+def test_class_entropy_is_the_loss_of_who_knows_the_priors_only(counts: list[int]) -> None:
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    logits = torch.log(torch.tensor(counts, dtype=torch.float64)).expand(len(targets), -1)
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    assert class_entropy(torch.tensor(counts)) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_class_counts_equal_numpy() -> None:

@@ -101,8 +101,8 @@ class TestPage:
         with_plain = replace(beside, rivals=(5, 0))
         shown = ["".join(lead(overview, found, seeds)) for seeds in (with_plain, beside, None)]
         assert [ONE_TRAINING_EACH in text for text in shown] == [True, False, False]
-        told = {"beyond_adjustment": {}, "confirmed": {"rivals": [0]}}
-        [first, *_] = conclusions(session, verdict(best=3, **told))
+        told = verdict(best=3, beyond_adjustment={}, confirmed={"rivals": [0]})
+        [first, *_] = conclusions(session, told)
         assert first.endswith(f"accuracy by +20.0 [+10.0, +30.0] points. {ONE_TRAINING_EACH}")
 
     def test_has_all_figures_and_plotly_once(self, page: str) -> None:

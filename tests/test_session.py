@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
+import torch
 from conftest import MakeFile, MakeSession
 from fleet import claim, give_back
 from image_folders import photos
@@ -20,8 +21,10 @@ from optuna.trial import TrialState
 from tuner import session as sessions
 from tuner import tickets
 from tuner.datasets import Data
+from tuner.doubts import cautions
 from tuner.errors import DataError, StorageError, TunerError
 from tuner.fit import check_data
+from tuner.imbalance import class_entropy
 from tuner.ledger._tables import metadata
 from tuner.session import Session
 from tuner.storage import exclusive, open_storage
@@ -231,13 +234,36 @@ def test_floor_binds_where_plain_cross_entropy_has_less_than_the_drop(
 
 def test_study_whose_baseline_guesses_says_so(make_session: MakeSession) -> None:
     session = make_session()
-    assert session.cautions() == []
+    assert list(cautions(session)) == []
     finish(session, tail=0.0, overall=0.1)
-    (said,) = session.cautions()
+    (said,) = cautions(session)
     assert said.startswith("plain cross-entropy does no better than guessing")
     better = make_session(name="better")
     finish(better, tail=0.3, overall=0.2)
-    assert better.cautions() == []
+    assert list(cautions(better)) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "attrs", "is_little"),
+    [
+        (0.9, {}, True),
+        (0.7, {}, True),
+        (0.6, {}, False),
+        (0.9, {"recipe": {"augment": {"name": "standard", "mixup": 0.4}}}, False),
+        (0.9, {"recipe": {"augment": {"name": "standard", "mixup": 0.0}}}, True),
+        (0.9, {"fidelity": "head"}, False),
+    ],
+)
+def test_study_whose_trainings_learn_little_says_so(
+    share: float, attrs: dict[str, Any], is_little: bool, make_session: MakeSession
+) -> None:
+    session = make_session()
+    alone = class_entropy(torch.tensor(session.study.user_attrs["class_counts"]))
+    finish(session, tail=0.3, overall=0.4, train_loss=share * alone, **attrs)
+    said = list(cautions(session))
+    assert [text.startswith("plain cross-entropy has learnt little") for text in said] == (
+        [True] if is_little else []
+    )
 
 
 def test_when_all_break_the_floor_the_least_breach_is_best(make_session: MakeSession) -> None:
@@ -249,7 +275,7 @@ def test_when_all_break_the_floor_the_least_breach_is_best(make_session: MakeSes
     trial.set_user_attr("metrics", {"raw": raw, "adjusted": adjusted})
     session.study.tell(trial, 0.5)
     assert not session.keeps_floor(session.study.trials[0]), "adjusted, it breaks its own floor"
-    (said,) = session.cautions()
+    (said,) = cautions(session)
     assert said.startswith("no complete trial keeps the floor: accuracy at most 2 points")
     finish(session, tail=0.9, overall=0.2)
     best = session.best()

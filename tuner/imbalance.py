@@ -106,6 +106,12 @@ def log_priors(class_counts: Tensor) -> Tensor:
     return torch.log(counts / counts.sum())
 
 
+def class_entropy(class_counts: Tensor) -> float:
+    """Entropy of the class priors in nats: the cross-entropy of who knows nothing else."""
+    counts = class_counts[class_counts > 0].to(torch.float64)
+    return float(-(counts / counts.sum() * torch.log(counts / counts.sum())).sum())
+
+
 @dataclass(frozen=True)
 class Groups:
     """Class indices by size: head, medium and tail; each class is in exactly one."""

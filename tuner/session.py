@@ -24,7 +24,6 @@ from tuner.ladder import Rung, is_judged
 from tuner.ledger import FencedStorage, Ledger, Limits, prepare, prepared
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
-from tuner.pruning import is_at_chance
 from tuner.remote import is_remote
 from tuner.rounds import winner
 from tuner.search import CohortTPESampler
@@ -139,27 +138,6 @@ class Session:
         The baseline has to keep it too: adjusted, it may not.
         """
         return self._breach(trial, self.baseline()) <= 0
-
-    def cautions(self) -> list[str]:
-        """What is doubtful about the whole study as it stands, for people."""
-        best, lines = self.best_found(), []
-        if best is not None and not self.keeps_floor(best):
-            floor = self.file.objective.floor
-            lines.append(f"no complete trial keeps the floor: {floor}; the best breaks it least")
-        if self._baseline_guesses():
-            lines.append(
-                "plain cross-entropy does no better than guessing; the floor excludes next to "
-                "nothing then, and recipes can hardly be told apart: train longer "
-                "(budget.epochs), or with other learning rates"
-            )
-        return lines
-
-    def _baseline_guesses(self) -> bool:
-        baseline, attrs = self.baseline(), self.study.user_attrs
-        raw = {} if baseline is None else baseline.user_attrs["metrics"]["raw"]
-        balanced, classes = raw.get("balanced_accuracy"), len(attrs["class_counts"])
-        images = sum(attrs["validation_counts"])
-        return balanced is not None and is_at_chance(balanced, classes, images, progress=1.0)
 
     def identity(self) -> dict[str, str]:
         """What files of this study are told apart by: its own id and that of its data."""

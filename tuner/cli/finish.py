@@ -17,6 +17,7 @@ from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.cli.show import percent
 from tuner.confirmation import ONE_TRAINING_EACH
 from tuner.datasets import Data
+from tuner.doubts import cautions
 from tuner.engines import masked
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
@@ -127,7 +128,7 @@ def conclusions(session: Session, verdict: dict[str, Any]) -> list[str]:
     """What the table allows to say, and what it does not."""
     metric = session.file.objective.metric
     lines = [_difference(metric, verdict), _free_gain(verdict)]
-    lines += (f"note: {caution}" for caution in session.cautions())
+    lines += (f"note: {caution}" for caution in cautions(session))
     if verdict["part"] == "validation":
         lines.append(
             "There is no test part: these are the images the search chose by, so expect less on "

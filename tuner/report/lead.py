@@ -99,9 +99,9 @@ def _number(text: str) -> Html:
 
 def _cautions(verdict: VerdictData, confirmed: ConfirmedData | None) -> Iterator[str]:
     told = verdict.rows[0].difference
-    if confirmed is not None and verdict.baseline in confirmed.rivals:
-        if told is not None and told.outcome != "unclear":
-            yield ONE_TRAINING_EACH
+    rivals = () if confirmed is None else confirmed.rivals
+    if verdict.baseline in rivals and told is not None and told.outcome != "unclear":
+        yield ONE_TRAINING_EACH
     if verdict.part == "validation":
         yield (
             "The data have no test part. These are the images the search chose by, so the best "

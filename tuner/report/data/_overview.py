@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
+from tuner.doubts import cautions
 from tuner.ladder import rung_of
 from tuner.report.data._moment import is_searched, number, state_of, still
 
@@ -115,7 +116,7 @@ def overview_data(session: Session) -> OverviewData:
             GroupSize(name, len(members), sum(counts[c] for c in members))
             for name, members in attrs.get("groups", {}).items()
         ),
-        warnings=(*attrs.get("warnings", []), *session.cautions()),
+        warnings=(*attrs.get("warnings", []), *cautions(session)),
         fingerprint=attrs.get("fingerprint", ""),
         version=attrs.get("tuner_version", ""),
         best=None if best is None else _best(session, best),
