@@ -13,6 +13,8 @@ from pretended._memory import MisuseError
 
 GPU = "cuda"
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True)
 def _apart() -> Iterator[None]:
