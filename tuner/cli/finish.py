@@ -156,7 +156,7 @@ def _difference(metric: str, verdict: dict[str, Any]) -> str:
     sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
     if not sure:
         return f"These images do not show a difference in {LABELS[shown]} accuracy."
-    text = f"The recipes differ in {LABELS[shown]} accuracy by {points(found)} points."
+    text = f"The two models differ in {LABELS[shown]} accuracy by {points(found)} points."
     rivals = (verdict.get("confirmed") or {}).get("rivals", ())
     return f"{text} {ONE_TRAINING_EACH}" if verdict["baseline"] in rivals else text
 
