@@ -24,6 +24,8 @@ QUICK = (
     "test_steps.py::test_chunk_of_steps_makes_nobody_wait",
     "test_stacks_grouped.py::test_chunk_of_a_group_makes_nobody_wait",
     "test_head_rung.py",
+    "test_trainer_interruption.py::"
+    "test_validation_left_out_on_the_gpu_is_taken_up_with_the_losses_of_its_epoch",
 )
 
 

@@ -245,3 +245,22 @@ def test_training_on_the_gpu_goes_on_with_its_own_dropout(
     rest = list(epochs(which, data, device="cuda", resume=snapshot))
     for ours, theirs in zip(rest, whole, strict=True):
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_validation_of_many_batches")
+def test_validation_left_out_on_the_gpu_is_taken_up_with_the_losses_of_its_epoch(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(_seated, "CHUNK", 1)
+    which, data, length = recipe(), digits.to("cuda"), steps_of_an_epoch(recipe(), digits)
+    whole = trained(which, data, device="cuda")
+    looks = (stopped(which, data, asked, device="cuda")[1] for asked in range(length, 2 * length))
+    interruption = next(found for found in looks if found.step == length)
+    assert interruption.epoch == 0
+    snapshot = through_a_file(interruption.snapshot, tmp_path)
+    rest = list(epochs(which, data, device="cuda", resume=snapshot))
+    assert [r.epoch for r in rest] == [0, 1, 2, 3]
+    assert whole.ends_as(rest)
