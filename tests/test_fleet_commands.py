@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,7 +197,8 @@ def test_reap_that_watches_looks_again_until_it_is_interrupted(
         if len(looks) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("tuner.cli.fleet.time.sleep", sleep)
+    # Of this module only: threads that other tests left sleep too.
+    monkeypatch.setattr("tuner.cli.fleet.time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr("tuner.pulse.Contact.is_steady", lambda self: True)
     expire(ledger)
     text = fleet.said("reap", "small", "--watch", "100", code=130)
@@ -213,7 +215,7 @@ def test_reap_after_an_outage_gives_every_worker_the_time_to_be_heard(
     ledger = fleet.ledger()
     claimed(ledger, enter(ledger))
     expire(ledger)
-    monkeypatch.setattr("tuner.cli.fleet.time.sleep", interrupted)
+    monkeypatch.setattr("tuner.cli.fleet.time", SimpleNamespace(sleep=interrupted))
     assert "lost its worker" not in fleet.said("reap", "small", "--watch", "5", code=130)
     assert ledger.running() == 1
 
