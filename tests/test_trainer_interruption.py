@@ -231,14 +231,18 @@ def test_streamed_images_go_on_from_the_step_and_leave_no_process_behind(
     assert set(multiprocessing.active_children()) <= before, f"while {interruption!r} is alive"
 
 
-@pytest.mark.gpu
-def test_training_on_the_gpu_goes_on_with_its_own_dropout(
-    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_device(digits: Data, monkeypatch: pytest.MonkeyPatch) -> Data:
+    """Data on a GPU, which asks whether to stop after every step."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(_seated, "CHUNK", 1)
-    which, data = recipe(**VARIED["dropout"]), digits.to("cuda")
+    return digits.to("cuda")
+
+
+@pytest.mark.gpu
+def test_training_on_the_gpu_goes_on_with_its_own_dropout(on_device: Data, tmp_path: Path) -> None:
+    which, data = recipe(**VARIED["dropout"]), on_device
     whole = list(epochs(which, data, device="cuda"))
     _, interruption = stopped(which, data, 3, device="cuda")
     snapshot = through_a_file(interruption.snapshot, tmp_path)
@@ -250,12 +254,9 @@ def test_training_on_the_gpu_goes_on_with_its_own_dropout(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_validation_of_many_batches")
 def test_validation_left_out_on_the_gpu_is_taken_up_with_the_losses_of_its_epoch(
-    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Data, on_device: Data, tmp_path: Path
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    monkeypatch.setattr(_seated, "CHUNK", 1)
-    which, data, length = recipe(), digits.to("cuda"), steps_of_an_epoch(recipe(), digits)
+    which, data, length = recipe(), on_device, steps_of_an_epoch(recipe(), digits)
     whole = trained(which, data, device="cuda")
     looks = (stopped(which, data, asked, device="cuda")[1] for asked in range(length, 2 * length))
     interruption = next(found for found in looks if found.step == length)

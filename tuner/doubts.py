@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from optuna.trial import FrozenTrial
 
+from tuner.augment import MIXING
 from tuner.imbalance import class_entropy
 from tuner.ladder import rung_of
 from tuner.pruning import is_at_chance
@@ -14,8 +15,6 @@ from tuner.session import Session
 
 LITTLE = 1 / 3
 """A share of what class frequencies leave open; trainings that explain less are called short."""
-
-MIXING = ("mixup", "cutmix")
 
 
 def cautions(session: Session) -> Iterator[str]:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from tuner import artifacts
 from tuner.alone import cache_folder
-from tuner.augment import Augmenter
+from tuner.augment import MIXING, Augmenter
 from tuner.confirm import fold_of
 from tuner.datasets import Data, fold
 from tuner.errors import TunerError
@@ -126,7 +126,7 @@ def _wait_for_weights(session: Session, trial: FrozenTrial) -> None:
 
 
 def _unmixed(recipe: Recipe, data: Data) -> Augmenter:
-    names = [name for name in ("mixup", "cutmix") if getattr(recipe.augment, name, 0)]
+    names = [name for name in MIXING if getattr(recipe.augment, name, 0)]
     augment = replace(recipe.augment, **dict.fromkeys(names, 0.0)) if names else recipe.augment
     built: Augmenter = augment.build(
         data.image_shape,

@@ -33,6 +33,9 @@ from tuner.registry import component
 
 DRAWS_PER_IMAGE = 7
 
+MIXING = ("mixup", "cutmix")
+"""Settings by which an image is mixed with another one, where they are not 0."""
+
 
 @AUGMENTS.register("standard")
 @component
