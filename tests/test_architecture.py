@@ -33,8 +33,8 @@ remote
 storage
 ledger
 proxy
-fit pulse held ended plain
-climbing
+fit pulse shares ended plain
+climbing held
 confirm
 rounds
 tickets

@@ -109,8 +109,9 @@ def test_the_best_of_the_rung_below_are_trained_with_their_loss_and_sampler(
     trials = climb_to_the_top(session, digits, merit)
     again = [t for t in trials if "promoted_from" in t.user_attrs]
     origins = [trials[t.user_attrs["promoted_from"]] for t in again]
+    defaults = {t.user_attrs["digest"] for t in trials[1:7]}
     assert sorted(t.number for t in origins) == sorted(
-        t.number for t in promoted(session, "head", 5)
+        t.number for t in promoted(session, "head", 5, apart=defaults)
     )
     for trial, origin in zip(again, origins, strict=True):
         for part in ("loss", "sampler"):
@@ -184,6 +185,40 @@ def test_a_rung_that_ranks_otherwise_is_not_followed_and_that_is_said(
     assert kinds(trials) == {"baseline": 1, "preset": 5, "promoted_from": 3, "own": 12}
     assert "too low to follow" in str(ladder_state(session))
     assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}, "the budget stays"
+
+
+def test_small_study_promotes_as_many_as_it_takes_to_compare_the_rungs(
+    make_session: MakeSession, digits: Data
+) -> None:
+    losses = CLIMBING["space"]["loss"]
+    few = {name: losses[name] for name in ("cross_entropy", "balanced_softmax", "focal")}
+    space = {**CLIMBING["space"], "loss": few}
+    session = make_session(**CLIMBING | {"space": space, "budget": {"trials": 12, "epochs": 3}})
+    trials = climb_to_the_top(session, digits, merit)
+    found = compared(session, "head", "full", decisive=True)
+    assert len(found.pairs) == 6
+    assert found.correlation is not None
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 12}
+
+
+def test_default_that_is_among_the_best_is_not_trained_again_to_compare_the_rungs(
+    make_session: MakeSession, digits: Data
+) -> None:
+    def plain(attempt: Any) -> float:
+        return 0.9 if "preset" in attempt.user_attrs else merit(attempt) / 2
+
+    session = make_session(**CLIMBING)
+    trials = climb_to_the_top(session, digits, plain)
+    first = [t for t in trials if "promoted_from" in t.user_attrs and "unseen" not in t.user_attrs]
+    assert first
+    assert not any("preset" in trials[t.user_attrs["promoted_from"]].user_attrs for t in first)
+    assert any(
+        "preset" in trials[t.user_attrs["promoted_from"]].user_attrs
+        for t in trials
+        if "unseen" in t.user_attrs
+    ), "what the rung below could not see of it is tried"
+    uppers = [upper.user_attrs["digest"] for _, upper in twins(session, "head", "full")]
+    assert len(set(uppers)) == len(uppers)
 
 
 def test_what_decides_is_trained_on_both_rungs_before_the_decision(

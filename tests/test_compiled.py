@@ -25,6 +25,8 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
     made: dict[Any, Any] = {}
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     monkeypatch.setattr(compiled, "_made", made)
+    monkeypatch.setattr(compiled, "_passes", set())
+    monkeypatch.setattr(compiled, "_kept", {})
     yield made
     torch.compiler.reset()
 
@@ -75,7 +77,6 @@ def test_what_was_compiled_is_kept_for_others_and_fetched_once(
 ) -> None:
     store = FolderStore(tmp_path)
     loaded: list[bytes] = []
-    monkeypatch.setattr(compiled, "_kept", set())
     monkeypatch.setattr(compiled, "_fetched", set())
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
@@ -93,6 +94,19 @@ def test_what_was_compiled_is_kept_for_others_and_fetched_once(
     monkeypatch.setattr(compiled, "_fetched", set())
     compiled.fetch(store, "GPU")
     assert loaded == [b"code"]
+
+
+def test_what_is_compiled_later_is_kept_too_and_nothing_is_kept_twice(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, saved = FolderStore(tmp_path), []
+    monkeypatch.setattr(
+        torch.compiler, "save_cache_artifacts", lambda: saved.append(1) or (b"code", None)
+    )
+    for model, expected in (("linear", 1), ("linear", 1), ("small_cnn", 2)):
+        stepped({"model": {"name": model}}, digits, compiles=True)
+        compiled.keep(store, "GPU")
+        assert len(saved) == expected
 
 
 def test_nothing_is_fetched_unless_it_is_asked_for(

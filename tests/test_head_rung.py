@@ -22,8 +22,10 @@ from tuner.export import export
 from tuner.heads import HeadResult, train_heads
 from tuner.ladder import rung_of
 from tuner.pulse import facts
+from tuner.recipe import Recipe
 from tuner.rungs import head
 from tuner.rungs.outcome import Outcome, Slot
+from tuner.rungs.recipes import resolve
 from tuner.session import Session
 from tuner.trained import stored_recipe, trained_lane
 from tuner.verdict import decide
@@ -223,6 +225,27 @@ def test_an_error_fails_one_trial_and_puts_the_others_back(
     order = ready.ledger.order()
     assert (order.state, order.reason) == ("stop", "code_error")
     assert "nothing to train" in str(order.detail)
+
+
+def test_recipe_that_raises_fails_alone_and_those_beside_it_are_trained(
+    ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = 7
+
+    def one_raises(session: Session, trial: Any, *arguments: Any) -> Recipe:
+        if trial.number == bad:
+            raise ZeroDivisionError("no such margin")
+        return resolve(session, trial, *arguments)
+
+    monkeypatch.setattr(head, "resolve", one_raises)
+    ends: dict[int, tuple[str, str | None]] = {}
+    while len(ends) < len(NUMBERS):
+        _, outcomes = cohort(ready, digits)
+        ends |= {o.number: (o.state, o.reason) for o in outcomes}
+    assert ends == {
+        n: ("failed", "code_error") if n == bad else ("pruned", "head") for n in NUMBERS
+    }
+    assert ready.ledger.order().state == "run"
 
 
 def test_classifier_that_diverged_is_not_finite_and_its_neighbours_are_well(

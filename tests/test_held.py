@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import MakeFile
 
-from tuner.held import held_rows, how_held, searched_rows
+from tuner.held import held_rows, how_held, remarks, searched_rows
 from tuner.study import StudyFile
 
 SPACE: dict[str, Any] = {
@@ -51,6 +51,45 @@ def test_words_name_the_backbone_or_the_switch(file: StudyFile, make_file: MakeF
     ladder = {"rungs": ["head", "full"], "head": {"backbone": "initial"}}
     own = {"name": "torchvision", "architecture": "resnet18", "weights_file": "mine.pth"}
     assert "weights_file" in how_held(make_file(ladder=ladder, model=own), "head")
+
+
+def test_what_is_set_to_act_late_acts_from_the_beginning_at_a_lower_rung_and_that_is_said(
+    make_file: MakeFile,
+) -> None:
+    late = SPACE | {"loss": {"balanced_softmax": {"start": 0.8}, "cross_entropy": {}}}
+    held = dict(held_rows(make_file(space=late, ladder={"rungs": ["head", "full"]}), "head"))
+    assert held["loss.balanced_softmax.start"] == "0.0"
+
+
+def test_head_rung_says_that_its_network_sees_no_mixed_images(
+    file: StudyFile, make_file: MakeFile
+) -> None:
+    assert "no mixed images" in how_held(file, "head")
+    plain = SPACE | {"augment": {"standard": {"mixup": 0.0}}}
+    clear = make_file(space=plain, ladder={"rungs": ["head", "full"]})
+    assert "no mixed images" not in how_held(clear, "head")
+
+
+@pytest.mark.parametrize(
+    ("trials", "epochs", "expected"),
+    [
+        (12, 5, []),
+        (5, 5, ["head is followed untested: 4 recipes"]),
+        (12, 4, ["switch = 0.8 of 4 epochs leaves none"]),
+    ],
+)
+def test_what_a_ladder_cannot_do_is_said_with_the_way_out(
+    make_file: MakeFile, trials: int, epochs: int, expected: list[str]
+) -> None:
+    rungs = ["head", "deferred", "full"] if epochs == 4 else ["head", "full"]
+    file = make_file(
+        space=SPACE, ladder={"rungs": rungs}, budget={"trials": trials, "epochs": epochs}
+    )
+    said = list(remarks(file))
+    assert len(said) == len(expected)
+    for text, part in zip(said, expected, strict=True):
+        assert part in text
+        assert "raise budget." in text
 
 
 @pytest.mark.parametrize(

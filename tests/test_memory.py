@@ -12,8 +12,10 @@ import torch
 from conftest import MakeSession
 from fleet import lease, run_alone, run_next, slot
 
+from tuner.backends import Speed
 from tuner.datasets import Data
-from tuner.rungs import training
+from tuner.recipe import Recipe
+from tuner.rungs import full, training
 from tuner.rungs.memory import is_out_of_memory, smaller
 from tuner.trainer import epochs_in_turns
 
@@ -43,12 +45,51 @@ def test_slot_halves_what_it_trains_at_once_and_remembers(
     assert claimed is not None
     own = slot(session, digits, claimed)
     assert run_alone(own, claimed).state == "complete"
-    assert own.micro_batch == 16
+    assert [*own.pieces.values()] == [16]
     assert session.study.trials[0].user_attrs["micro_batch"] == 16
     again = lease(session)
     assert again is not None
     assert run_alone(own, again).state == "complete"
-    assert own.micro_batch == 16
+    assert [*own.pieces.values()] == [16]
+
+
+def test_pieces_of_a_model_that_did_not_fit_are_nothing_to_another_model(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session()
+    claimed = lease(session)
+    assert claimed is not None
+    own = slot(session, digits, claimed)
+    own.pieces["a larger one"] = 2
+    assert run_alone(own, claimed).state == "complete"
+    assert "micro_batch" not in session.study.trials[0].user_attrs
+
+
+def test_group_that_does_not_fit_has_fewer_seats_before_it_has_smaller_pieces(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, int, int | None]] = []
+
+    def found(recipe: Recipe, data: Data, device: str, most: int | None = None) -> Speed:
+        training, seats = recipe.training, min(8, most or 8)
+        way = "grouped" if seats > 1 else "plain"
+        return Speed(training.precision, training.layout, 1.0, way, seats)
+
+    def train(*arguments: Any, **options: Any) -> Iterator[Any]:
+        tried.append((options["execution"], options["seats"], options["micro_batch"]))
+        if options["seats"] > 2:
+            raise CUDA
+        yield from epochs_in_turns(*arguments, **options)
+
+    monkeypatch.setattr(full, "chosen", found)
+    monkeypatch.setattr(training, "epochs_in_turns", train)
+    session = make_session()
+    claimed = lease(session)
+    assert claimed is not None
+    own = slot(session, digits, claimed)
+    assert run_alone(own, claimed).state == "complete"
+    assert tried == [("grouped", 8, None), ("grouped", 4, None), ("grouped", 2, None)]
+    assert (own.most, own.side_by_side, own.pieces) == (2, 2, {})
 
 
 def test_result_in_pieces_is_that_in_one_piece_for_a_model_without_batch_norm(

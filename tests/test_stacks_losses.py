@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from head_cases import CASES, unlike
@@ -9,6 +11,7 @@ from test_heads_losses import BY_MODULE, COUNTS, built
 from torch import Tensor
 
 from tuner.losses import Loss
+from tuner.rows import GRADIENTS
 from tuner.stacks._losses import RowLosses
 from tuner.stacks._optimizers import Parts
 
@@ -71,6 +74,28 @@ def test_seat_that_takes_no_part_remembers_nothing() -> None:
     table.gradient(logits, targets, targets, table.frame(SIZE), active, parts)
     for loss, known in zip(losses, before, strict=True):
         assert all(torch.equal(tensor, known[name]) for name, tensor in loss.state_dict().items())
+
+
+def test_memory_of_a_seat_that_takes_no_part_is_untouched_at_every_moment_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = losses_of_all(0.75)
+    table, parts = seated(losses)
+    logits, targets = batch(0)
+    table.gradient(logits, targets, targets, table.frame(SIZE), None, parts)
+    own = table.tensors()
+    before, seen = [tensor.clone() for tensor in own], list[bool]()
+    original = GRADIENTS["adaptive"]
+
+    def watched(*arguments: Any) -> Any:
+        found = original(*arguments)
+        seen.append(all(map(torch.equal, own, before)))
+        return found
+
+    monkeypatch.setitem(cast("dict[str, Any]", GRADIENTS), "adaptive", watched)
+    active = torch.zeros(len(KINDS), 1, dtype=torch.bool)
+    table.gradient(*batch(1), targets, table.frame(SIZE), active, parts)
+    assert seen == [True]
 
 
 def test_gradient_does_not_depend_on_what_neighbours_need() -> None:

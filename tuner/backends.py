@@ -69,6 +69,11 @@ class Speed:
         return f"{self.precision} {self.layout}{how}"
 
     @property
+    def seats(self) -> int:
+        """Trainings whose memory one of them takes: those of a group are one network."""
+        return self.lanes if self.execution == "grouped" else 1
+
+    @property
     def plainness(self) -> tuple[bool, bool, bool, bool, int]:
         """Smaller for what is simpler, or keeps more digits."""
         return (
@@ -149,14 +154,21 @@ def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, 
 
 
 def _key(recipe: Recipe, data: Data, device: str) -> str:
-    """What the speeds depend on, short enough for people to find their own in the file."""
+    """What the speeds depend on, short enough for people to find their own in the file.
+
+    Of numbers that may be searched over a range, such as dropout, only whether they are 0 counts,
+    and of batches the next power of two: else every trial would measure anew.
+    """
     model = dump_component("model", recipe.model)
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()[:8]
-    shape = "x".join(map(str, (recipe.training.batch_size, *data.image_shape)))
+    about = {k: bool(v) if isinstance(v, float) else v for k, v in model.items()}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    batch = 1 << (recipe.training.batch_size - 1).bit_length()
+    shape = "x".join(map(str, (batch, *data.image_shape)))
     where = f"{_device_name(device)}, {torch.get_num_threads()} threads"
     also = ", fused too"
     if torch.device(device).type == "cuda":
         also = ", in groups and compiled too" if is_wanted() else ", in groups too"
+        also += "" if isinstance(data.train.images, ResidentImages) else ", images elsewhere"
     return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}{also}"
 
 

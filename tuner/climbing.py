@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
@@ -11,15 +11,20 @@ from optuna.trial import FrozenTrial
 from tuner.entries import Fixed
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
 from tuner.plain import shared_out
+from tuner.shares import (
+    COMPARES,
+    Ticket,
+    attrs_of,
+    budget,
+    compared_first,
+    comparing_presets,
+    presets,
+    promotions,
+    room,
+)
 
 if TYPE_CHECKING:
     from tuner.session import Session
-
-Ticket = tuple[dict[str, Any], dict[str, Any]]
-"""Optuna parameters that are fixed beforehand, and user attributes."""
-
-COMPARES = {"compares": True}
-"""Marks the trials that tell whether a rung is to be followed; they are never pruned."""
 
 
 def climb(session: Session) -> Iterator[Ticket]:
@@ -46,7 +51,7 @@ def _has_backbone(session: Session) -> bool:
 def is_over(session: Session, rung: Rung) -> bool:
     """Whether all trials of a rung have ended."""
     own = at(session, rung)
-    return len(own) >= _budget(session, rung) and all(t.state.is_finished() for t in own)
+    return len(own) >= budget(session.file, rung) and all(t.state.is_finished() for t in own)
 
 
 def at(session: Session, rung: Rung) -> list[FrozenTrial]:
@@ -59,22 +64,6 @@ def _is_planned(trial: FrozenTrial) -> bool:
     return not {"retry_of", "again"} & trial.user_attrs.keys()
 
 
-def _budget(session: Session, rung: Rung) -> int:
-    return session.file.ladder.trials(rung, session.file.trials())
-
-
-def _attrs(rung: Rung) -> dict[str, Any]:
-    return {} if rung == "full" else {"fidelity": rung}
-
-
-def presets(session: Session, rung: Rung = "full") -> Iterator[Ticket]:
-    """One published default per loss; at ``full`` plain cross-entropy is the baseline already."""
-    space = session.file.space_at(rung)
-    for loss in space.parts["loss"]:
-        if loss != "cross_entropy" or rung != "full":
-            yield space.defaults(loss=loss), {**_attrs(rung), "preset": loss}
-
-
 def early(session: Session) -> list[Ticket]:
     """Trials of the full rung that are due whatever the rungs below find: the losses' defaults.
 
@@ -82,53 +71,38 @@ def early(session: Session) -> list[Ticket]:
     """
     ladder = session.file.ladder
     climbs = ladder.last == "full" and ladder.below("full") is not None
-    return _comparing_presets(session, "full") if climbs else []
-
-
-def _comparing_presets(session: Session, rung: Rung) -> list[Ticket]:
-    """One published default per loss, as far as those promoted leave room; trained early."""
-    room = _room(session, rung)
-    made = list(presets(session, rung))[: room - _promotions(session, room)]
-    return [(params, attrs | COMPARES) for params, attrs in made]
-
-
-def _room(session: Session, rung: Rung) -> int:
-    """Trials of a rung without the baseline, which is one of the full rung."""
-    return _budget(session, rung) - (rung == "full")
-
-
-def _promotions(session: Session, room: int) -> int:
-    return min(room, max(1, round(session.file.ladder.promoted * room)))
+    return comparing_presets(session.file, "full") if climbs else []
 
 
 def _first(session: Session, rung: Rung) -> Iterator[Ticket]:
-    budget = _room(session, rung)
-    made = list(presets(session, rung))[:budget]
+    open_ = room(session.file, rung)
+    made = list(presets(session.file, rung))[:open_]
     yield from made
-    yield from (({}, _attrs(rung)) for _ in range(budget - len(made)))
+    yield from (({}, attrs_of(rung)) for _ in range(open_ - len(made)))
 
 
 def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     """What the rung below promotes, one default per loss, and the algorithm's own."""
-    ladder, room = session.file.ladder, _room(session, rung)
-    chosen = promoted(session, below, _promotions(session, room))
-    half = (len(chosen) + 1) // 2
+    ladder, most = session.file.ladder, room(session.file, rung)
+    count, defaults = promotions(session.file, rung), comparing_presets(session.file, rung)
+    chosen = promoted(session, below, count, apart=_preset_digests(session, rung, defaults))
+    half = compared_first(session.file, rung)
     first = [_promotion(session, trial, rung) for trial in chosen[:half]]
-    first = [(params, attrs | COMPARES) for params, attrs in first]
-    first += _comparing_presets(session, rung)
+    first = [(params, attrs | COMPARES) for params, attrs in first] + defaults
     yield from first
     ended = {_origin(t.user_attrs) for t in at(session, rung) if t.state.is_finished()}
     if any(_origin(attrs) not in ended for _, attrs in first):
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
-        unseen = round(ladder.unseen * room) if rung == "full" and _has_unseen(session) else 0
+        unseen = round(ladder.unseen * most) if rung == "full" and _has_unseen(session) else 0
+        best = promoted(session, below, count) if unseen else []
         others = [_promotion(session, trial, rung) for trial in chosen[half:]]
-        more = _open(session, chosen, len(others) + unseen) if unseen and chosen else others
-    more = more[: room - len(first)]
+        more = _open(session, best, count - len(chosen[:half]) + unseen) if best else others
+    more = more[: most - len(first)]
     yield from more
-    left = room - len(first) - len(more)
-    yield from shared_out(session, left) if rung == "full" else [({}, _attrs(rung))] * left
+    left = most - len(first) - len(more)
+    yield from shared_out(session, left) if rung == "full" else [({}, attrs_of(rung))] * left
 
 
 def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -136,13 +110,16 @@ def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
     return attrs.get("promoted_from"), attrs.get("unseen"), attrs.get("preset")
 
 
-def promoted(session: Session, rung: Rung, count: int) -> list[FrozenTrial]:
+def promoted(
+    session: Session, rung: Rung, count: int, apart: Collection[str] = ()
+) -> list[FrozenTrial]:
     """The best trials of a rung, of different recipes; a third at most of one loss and sampler.
 
-    With fewer kinds than that allows, the best of the others fill up.
+    With fewer kinds than that allows, the best of the others fill up. Recipes ``apart`` are given
+    by their digests at this rung.
     """
     ranked = session.ranked(at(session, rung))
-    most, kinds, digests = max(1, -(-count // 3)), Counter[Any](), set()
+    most, kinds, digests = max(1, -(-count // 3)), Counter[Any](), set(apart)
     chosen: list[FrozenTrial] = []
     spare: list[FrozenTrial] = []
     for trial in ranked:
@@ -156,11 +133,22 @@ def promoted(session: Session, rung: Rung, count: int) -> list[FrozenTrial]:
     return session.ranked((chosen + spare)[:count])
 
 
+def _preset_digests(session: Session, rung: Rung, made: Sequence[Ticket]) -> set[str]:
+    """Digests, at the rung below, of recipes that are trained at ``rung`` without a promotion."""
+    below = session.file.ladder.below(rung)
+    assert below is not None
+    names = {attrs["preset"] for _, attrs in made} | (
+        {"cross_entropy"} if rung == "full" else set()
+    )
+    own = (t.user_attrs for t in at(session, below) if t.user_attrs.get("preset") in names)
+    return {attrs["digest"] for attrs in own if "digest" in attrs}
+
+
 def _promotion(session: Session, trial: FrozenTrial, rung: Rung) -> Ticket:
     """The same loss and sampler, with everything else at its published default."""
     space, known = session.file.space_at(rung), _known(session, trial, rung)
     names = {part: value for part, value in known.items() if "." not in part}
-    return {**space.defaults(**names), **known}, {**_attrs(rung), "promoted_from": trial.number}
+    return {**space.defaults(**names), **known}, {**attrs_of(rung), "promoted_from": trial.number}
 
 
 def _known(session: Session, trial: FrozenTrial, rung: Rung) -> dict[str, Any]:
@@ -203,20 +191,23 @@ def twins(
 
     These are the promoted ones and the defaults of each loss; the baseline is that of
     cross-entropy. What acts late at both rungs is one and the same training, and says nothing of
-    how they rank. ``decisive`` leaves those out that came after the decision to follow.
+    how they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
+    follow.
     """
     ended = session.ended()
     lowest = [t for t in ended.given[lower] if _is_planned(t)]
     defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
-    found = []
+    found, seen = [], set[str]()
     for trial in filter(_is_planned, ended.given[upper]):
         attrs = trial.user_attrs
         if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
             continue
         plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
         twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
-        if twin is not None and not _is_same_training(twin, trial):
-            found.append((twin, trial))
+        if twin is None or attrs["digest"] in seen or _is_same_training(twin, trial):
+            continue
+        seen.add(attrs["digest"])
+        found.append((twin, trial))
     return found
 
 
@@ -239,7 +230,7 @@ def ladder_lines(session: Session) -> list[str]:
     for rung in ladder.searched:
         own = at(session, rung)
         ended = sum(t.state.is_finished() for t in own)
-        lines.append(f"{rung} {ended} of {_budget(session, rung)} trials")
+        lines.append(f"{rung} {ended} of {budget(session.file, rung)} trials")
         below = ladder.below(rung)
         if below is not None and any(map(is_judged, own)):
             found = compared(session, below, rung)

@@ -24,7 +24,9 @@ Forward = Callable[[Tensor], Tensor]
 
 _made: dict[tuple[object, ...], Callable[..., Tensor]] = {}
 _fetched: set[str] = set()
-_kept: set[str] = set()
+_passes: set[tuple[object, ...]] = set()
+"""What was compiled here: kinds, and the sizes of batches, which are compiled one by one."""
+_kept: dict[str, int] = {}
 
 
 def is_wanted() -> bool:
@@ -50,7 +52,12 @@ def compiled(model: nn.Module, kind: str) -> Forward:
 
         _made[key] = torch.compile(forward, backend=BACKEND, dynamic=False)
     made = _made[key]
-    return lambda images: made(tensors, images)
+
+    def through(images: Tensor) -> Tensor:
+        _passes.add((key, images.shape))
+        return made(tensors, images)
+
+    return through
 
 
 def fetch(store: Store, device: str) -> None:
@@ -65,10 +72,10 @@ def fetch(store: Store, device: str) -> None:
 
 
 def keep(store: Store, device: str) -> None:
-    """Leave what this process compiled for other workers, once."""
-    if not _made or device in _kept:
+    """Leave what this process compiled for other workers, whenever it compiled more."""
+    if len(_passes) == _kept.get(device, 0):
         return
-    _kept.add(device)
+    _kept[device] = len(_passes)
     found = torch.compiler.save_cache_artifacts()
     if found is not None:
         store.within(ARTIFACTS).write(device, found[0])

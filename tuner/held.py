@@ -1,9 +1,15 @@
-"""What a rung searches and what it holds fixed, for people."""
+"""What a rung searches, what it holds fixed, and what it cannot do, for people."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from tuner.augment import MIXING
 from tuner.entries import Fixed
-from tuner.ladder import ACTING, Rung
+from tuner.ladder import ACTING, FEWEST_PAIRS, Rung
+from tuner.shares import comparisons
 from tuner.space import Space
 from tuner.study import StudyFile
 
@@ -14,13 +20,15 @@ def searched_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
 
 
 def held_rows(file: StudyFile, rung: Rung) -> list[tuple[str, str]]:
-    """What the study searches but this rung holds fixed, as (name, its value here)."""
+    """What the study searches or sets, and this rung holds at another value, as (name, value)."""
     if rung == "confirm":
         return []
     space = file.space_at(rung)
     open_ = {name for name, _ in space.rows()}
     closed = [name for name, _ in file.space.rows() if name not in open_]
-    return [(name, value) for name in closed if (value := _value(space, name)) is not None]
+    closed += [name for name, entry in _starts(file.space) if str(entry) != _value(space, name)]
+    values = {name: _value(space, name) for name in closed}
+    return [(name, value) for name, value in values.items() if value is not None]
 
 
 def how_held(file: StudyFile, rung: Rung) -> str:
@@ -39,14 +47,47 @@ def how_held(file: StudyFile, rung: Rung) -> str:
         "initial": "the model as it is built, with the weights_file it is given",
     }
     known = backbones[file.ladder.head.backbone]
-    return f"everything but loss and sampler: the classifier alone is trained, on {known}"
+    mixes = any(
+        entries.get(name, Fixed(0)) != Fixed(0)
+        for entries in file.space.parts["augment"].values()
+        for name in MIXING
+    )
+    mixed = ", which sees no mixed images here" * mixes
+    return f"everything but loss and sampler: the classifier alone is trained, on {known}{mixed}"
+
+
+def remarks(file: StudyFile) -> Iterator[str]:
+    """What a ladder cannot do with the trials and epochs that it has, and the way out."""
+    ladder, epochs = file.ladder, file.budget.epochs
+    for rung in ladder.searched:
+        below, count = ladder.below(rung), 0
+        if below is not None and (count := comparisons(file, rung)) < FEWEST_PAIRS:
+            key = "budget.trials" if rung == ladder.last else f"ladder.{rung}.trials"
+            yield (
+                f"{below} is followed untested: {count} recipes will be trained on both {below} and "
+                f"{rung}, and it takes {FEWEST_PAIRS} to say whether they rank alike; raise {key}"
+            )
+    switch = ladder.deferred.switch
+    if "deferred" in ladder.searched and switch > (epochs - 1) / epochs:
+        yield (
+            f"the deferred rung tells nothing: ladder.deferred.switch = {switch:g} of {epochs} "
+            "epochs leaves none in which loss and sampler act, as they wait for an epoch to begin; "
+            f"raise budget.epochs to {math.ceil(1 / (1 - switch) - 1e-9)}, or leave the rung out"
+        )
 
 
 def _acts_late(space: Space) -> bool:
     """Whether recipes whose loss or sampler begins to act late are among those searched."""
-    starts = (entries.get("start") for part in ACTING for entries in space.parts[part].values())
-    late = any(entry not in (None, Fixed(0.0)) for entry in starts)
+    late = any(entry != Fixed(0.0) for _, entry in _starts(space))
     return late or "deferred" in space.parts["training"]
+
+
+def _starts(space: Space) -> Iterator[tuple[str, Any]]:
+    """When parts of a recipe that can begin late do so: names and entries."""
+    for part in ACTING:
+        for name, entries in space.parts[part].items():
+            if "start" in entries:
+                yield f"{part}.{name}.start", entries["start"]
 
 
 def _value(space: Space, name: str) -> str | None:

@@ -104,9 +104,9 @@ class Ladder:
 
     ``[budget] trials`` are those of the last rung that searches; ``confirm`` does not. Of them
     ``promoted`` is the share for the best recipes of the rung below, and ``unseen`` the share for
-    such recipes with everything searched that the rung below cannot see. Half of the promoted are
-    trained with everything else at its default, which shows how the two rungs rank them; where
-    there is an ``unseen`` share, the other half joins it. Where the ranks correlate by less than
+    such recipes with everything searched that the rung below cannot see. Half of the promoted, or
+    as many as make a comparison, are trained with everything else at its default, which shows how
+    the two rungs rank them; where there is an ``unseen`` share, the others join it. Where the ranks correlate by less than
     ``trust`` (Spearman), what is left of both shares goes to the algorithm's own proposals; else
     these learn from the rung below too, unless ``prior`` is false.
     """
@@ -213,8 +213,10 @@ class Agreement:
 
     def __str__(self) -> str:
         both = f"{self.lower} and {self.upper}"
-        if self.correlation is None or self.interval is None:
+        if len(self.pairs) < FEWEST_PAIRS:
             return f"too few recipes trained on both {both} to compare them ({len(self.pairs)})"
+        if self.correlation is None or self.interval is None:
+            return f"all {len(self.pairs)} recipes trained on both {both} have one value there"
         low, high = self.interval.low, self.interval.high
         found = f"{self.correlation:.2f} [{low:.2f}, {high:.2f}]"
         return f"{both} rank {len(self.pairs)} recipes with correlation {found}"

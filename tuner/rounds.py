@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from tuner.climbing import Ticket
 from tuner.confirm import Standing, entrants, plain_of, ranked, standings, tuned_with
+from tuner.shares import Ticket
 
 if TYPE_CHECKING:
     from tuner.session import Session

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import Ticket, climb, early, ladder_lines, presets
+from tuner.climbing import climb, early, ladder_lines
 from tuner.ledger import Lease
 from tuner.plain import shared_out
 from tuner.rounds import confirm_lines, confirming, spare
+from tuner.shares import Ticket, presets
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _tickets(session: Session) -> Iterator[Ticket]:
 def _full_tickets(session: Session) -> Iterator[Ticket]:
     """One published default per loss, the rest free but for what plain cross-entropy is due."""
     budget = session.file.trials() - 1
-    made = list(presets(session))[:budget]
+    made = list(presets(session.file))[:budget]
     yield from made
     yield from shared_out(session, budget - len(made))
 

@@ -41,14 +41,16 @@ def check(
     from rich.table import Table
 
     from tuner import study as files
+    from tuner.held import remarks
 
     file = files.load(study)
     rows = file.space.rows()
     lines = _looked_at(file, data) if load else []
-    rungs = _rungs(file)
+    rungs, doubts = _rungs(file), list(remarks(file))
     if as_json:
         known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
-        print_json({**known, "objective": _objective(file), "rungs": rungs, "data": lines})
+        known |= {"objective": _objective(file), "rungs": rungs, "remarks": doubts, "data": lines}
+        print_json(known)
         return
     title = f"{file.name}: {file.trials()} trials of {file.budget.epochs} epochs"
     table = Table(title=escape(title))
@@ -60,7 +62,7 @@ def check(
     print(f"objective: {_objective(file)}")
     if file.ladder.rungs != ("full",):
         _print_rungs(rungs, len(rows))
-    for line in lines:
+    for line in [*doubts, *lines]:
         print(line)
 
 

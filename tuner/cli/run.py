@@ -103,6 +103,7 @@ def _created(
     from tuner import study as files
     from tuner.cli.show import describe_data
     from tuner.engines import parse_url
+    from tuner.held import remarks
     from tuner.remote import is_remote
     from tuner.storage import storage_url
     from tuner.stores import open_store
@@ -112,6 +113,8 @@ def _created(
     # What is no URL is said before minutes are spent on images.
     if not is_remote(url):
         parse_url(url)
+    for remark in remarks(file):
+        log.warning(remark)
     loaded = file.data.build(data)
     for line in describe_data(loaded):
         log.info(line)

@@ -83,21 +83,22 @@ def _run(
 ) -> Generator[None, None, Outcome]:
     session, data = slot.session, slot.data_for(attempt)
     recipe = resolve(session, attempt.trial, data, slot.device)
-    way = _way(slot, recipe)
+    way = _way(slot, recipe, _most(slot, attempt))
     slot.side_by_side = way.lanes
     known = equivalent(session, recipe, attempt.number)
     if known is not None:
         return _copy(attempt, known)
     while True:
-        beside, micro_batch = slot.beside, slot.micro_batch
+        beside, model = slot.beside, repr(recipe.model)
         training = Training(attempt, recipe, data, slot, way)
         try:
             done = yield from training.run(stop, on_epoch)
         except NonFiniteError as error:
             return _end(attempt, "pruned", "not_finite", str(error))
         except Exception as error:
-            size = smaller(micro_batch, recipe.training.batch_size)
-            if not is_out_of_memory(error) or (size is None and beside() == 1):
+            size = smaller(slot.pieces.get(model), recipe.training.batch_size)
+            is_alone = beside() == 1 and way.seats == 1
+            if not is_out_of_memory(error) or (size is None and is_alone):
                 raise
         else:
             return _conclude(attempt, training, done)
@@ -106,20 +107,35 @@ def _run(
         free(slot.device)
         if beside() > 1:
             return _make_room(slot, attempt)
-        slot.micro_batch = size
-        log.warning("trial %d: out of memory; now %d images at once", attempt.number, size)
+        if way.seats > 1:
+            slot.most = way.seats // 2
+            log.warning("trial %d: out of memory; now %d seats", attempt.number, slot.most)
+            way = _way(slot, recipe, slot.most)
+            slot.side_by_side = way.lanes
+        elif size is not None:
+            slot.pieces[model] = size
+            log.warning("trial %d: out of memory; now %d images at once", attempt.number, size)
 
 
-def _way(slot: Slot, recipe: Recipe) -> Speed:
+def _most(slot: Slot, attempt: Attempt) -> int | None:
+    """Seats of a group at most: it takes as long for one lane as for all that it has seats for.
+
+    While the baseline is trained, the rungs that build on its network have nothing to do.
+    """
+    climbs = slot.session.file.ladder.searched != ("full",)
+    return 1 if climbs and attempt.user_attrs.get("baseline") else slot.most
+
+
+def _way(slot: Slot, recipe: Recipe, most: int | None) -> Speed:
     """How to execute a recipe; what was compiled to find that out is shared."""
     if torch.device(slot.device).type == "cuda" and is_wanted():
         name = torch.cuda.get_device_name(slot.device).replace(" ", "-")
         with contextlib.suppress(StoreError):
             fetch(slot.session.store, name)
-            found = chosen(recipe, slot.data, slot.device, slot.most)
+            found = chosen(recipe, slot.data, slot.device, most)
             keep(slot.session.store, name)
             return found
-    return chosen(recipe, slot.data, slot.device, slot.most)
+    return chosen(recipe, slot.data, slot.device, most)
 
 
 def _make_room(slot: Slot, attempt: Attempt) -> Outcome:

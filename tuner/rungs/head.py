@@ -13,15 +13,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from tuner import artifacts
+from tuner.errors import TunerError
 from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
-from tuner.heads import HeadResult, train_heads
+from tuner.heads import COHORT, HeadResult, train_heads
 from tuner.ladder import rung_of
 from tuner.ledger import LeaseLostError
 from tuner.metrics import METRICS
 from tuner.proposals import forget
 from tuner.recipe import Recipe
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
-from tuner.rungs.memory import free, is_out_of_memory
+from tuner.rungs.memory import free, is_device_broken, is_out_of_memory
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.recipes import kept_trials, resolve
 from tuner.rungs.results import constrain
@@ -51,19 +52,40 @@ def run_cohort(
         first, *rest = _Cohort(slot, [attempt, *others], found).run(stop)
     except BaseException as error:
         _put_back(slot, others)
-        if not is_out_of_memory(error) or slot.lanes == 1:
+        if not _may_do_with_fewer(slot, error, len(others)):
             raise
     else:
+        slot.together = min(COHORT, 2 * slot.together)
         for outcome in rest:
             on_trial(outcome)
         if first.state == "lost":
             raise LeaseLostError
         return first
     # Outside of the handler: the error holds what the failed try had in memory.
-    slot.lanes //= 2
     free(slot.device)
-    log.warning("out of memory; now %d classifiers at once", slot.lanes)
     return run_cohort(slot, attempt, stop=stop, on_trial=on_trial)
+
+
+def _may_do_with_fewer(slot: Slot, error: BaseException, others: int) -> bool:
+    """Whether a try with fewer at once may end better; if so, the next one has half as many.
+
+    Out of memory, these are classifiers. Else one recipe raises whatever is beside it: with half
+    as many trials again and again it is soon alone with its error, and the others are trained.
+    """
+    if is_out_of_memory(error) and slot.lanes > 1:
+        slot.lanes //= 2
+        log.warning("out of memory; now %d classifiers at once", slot.lanes)
+        return True
+    known = isinstance(error, TunerError | LeaseLostError | SQLAlchemyError)
+    if known or not isinstance(error, Exception) or is_device_broken(error) or not others:
+        slot.together = COHORT
+        return False
+    slot.together = (1 + others) // 2
+    log.warning(
+        "%s: %s; now %d trials at once, to find out whose recipe it is",
+        *(type(error).__name__, error, slot.together),
+    )
+    return True
 
 
 def _share(slot: Slot) -> int:
@@ -73,7 +95,7 @@ def _share(slot: Slot) -> int:
     waiting = sum(trial.state == TrialState.WAITING for trial in own)
     planned = session.file.ladder.trials("head", session.file.trials())
     left = 1 + waiting + max(0, planned - len(own))
-    return min(slot.lanes, -(-left // max(1, len(session.ledger.alive()))))
+    return min(slot.lanes, slot.together, -(-left // max(1, len(session.ledger.alive()))))
 
 
 def _backbone(slot: Slot) -> Backbone:

@@ -38,9 +38,10 @@ class Outcome:
 class Slot:
     """A share of a device worked by one process: what it keeps from one trial to the next.
 
-    ``micro_batch`` is the number of images that fit into its memory at once, once that had to
-    be found out; ``lanes`` that of classifiers, whose ``backbone`` is kept once it was needed.
-    Trials are trained ``side_by_side``, as many as suit the last recipe, but at most ``most``,
+    ``pieces`` are the images of which memory holds no more at once, of each model where that had
+    to be found out; ``lanes`` so many classifiers, whose ``backbone`` is kept once it was needed.
+    Of the head rung's trials so many are trained ``together``: fewer after one of them raised.
+    Others are trained ``side_by_side``, as many as suit the last recipe, but at most ``most``,
     once memory set that limit; ``beside`` says how many there are just now. Not before
     ``ask_again`` is the queue worth another look. ``stages`` are the keys of the shared stages
     that trials here are training, ``stacks`` what trials on a GPU have seats in.
@@ -51,8 +52,9 @@ class Slot:
     data: Data
     device: str
     peers: Peers
-    micro_batch: int | None = None
+    pieces: dict[str, int] = field(default_factory=dict)
     lanes: int = COHORT
+    together: int = COHORT
     backbone: Backbone | None = None
     side_by_side: int = 1
     most: int | None = None

@@ -65,7 +65,7 @@ class Training:
         self.attempt, self.recipe, self.data = attempt, recipe, data
         self.slot, self.device = slot, slot.device
         self.peers, self.beside = slot.peers, slot.beside
-        self.micro_batch, self.way = slot.micro_batch, way
+        self.micro_batch, self.way = slot.pieces.get(repr(recipe.model)), way
         self.session = attempt.session
         self.store = self.session.trial_store(attempt.number)
         self.identity = self.session.identity()
@@ -130,6 +130,9 @@ class Training:
                     saved = time.monotonic()
                 if stopping:
                     return Stopped()
+                if self.beside() > 1:
+                    # Steps that are taken one by one never wait within an epoch.
+                    yield
         except Interrupted as interruption:
             self._spend(interruption.seconds)
             self._keep(interruption.snapshot)
@@ -171,6 +174,8 @@ class Training:
         if own is None and self.attempt.lease.attempt > 1:
             self.attempt.remark(f"from epoch {epoch}: {trouble or 'there was no checkpoint'}")
         facts: dict[str, Any] = {"device": self.device}
+        if self.way.execution != "plain":
+            facts["execution"] = f"{self.way.execution}, {self.way.seats} seats"
         if self.micro_batch is not None:
             facts["micro_batch"] = self.micro_batch
         self.attempt.note(facts)

@@ -51,7 +51,7 @@ def kind_of(lane: Lane) -> Kind:
         data=id(lane.data),
         model=f"{recipe.model} {recipe.loss.head}",
         optimizer=_of_optimizer(lane),
-        augment=repr(recipe.augment),
+        augment=repr(recipe.canonical().augment),
         drawn=drawn,
         modes=(tuple(modules), tuple(parameters)),
         formats=(training.batch_size, training.precision, training.layout, lane.dtype),

@@ -176,14 +176,22 @@ class RowLosses:
     def _of_family(
         self, family: Kind, u: Tensor, batch: Batch, member: Tensor, active: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Gradient and losses of all seats; only members that are active remember the batch."""
-        remembers = family == "adaptive"
-        before = {n: t.clone() for n, t in self.table.state.items()} if remembers else {}
-        gradient, losses = GRADIENTS[family](u, batch, self.table, True)
+        """Gradient and losses of all seats; only members that are active remember the batch.
+
+        What seats remember is worked on in a copy: of those that take no part, somebody may be
+        reading it.
+        """
+        remembers, state = family == "adaptive", self.table.state
+        if remembers:
+            self.table.state = {name: tensor.clone() for name, tensor in state.items()}
+        try:
+            gradient, losses = GRADIENTS[family](u, batch, self.table, True)
+            after = self.table.state
+        finally:
+            self.table.state = state
         own = member if active is None else member & active
-        for name, state in before.items():
-            now = self.table.state[name]
-            torch.where(own, now, state, out=now)
+        for name, now in after.items() if remembers else ():
+            torch.where(own, now, state[name], out=state[name])
         assert losses is not None
         return gradient, losses
 
