@@ -99,10 +99,13 @@ def test_what_was_compiled_is_kept_for_others_and_fetched_once(
 def test_what_is_compiled_later_is_kept_too_and_nothing_is_kept_twice(
     digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, saved = FolderStore(tmp_path), []
-    monkeypatch.setattr(
-        torch.compiler, "save_cache_artifacts", lambda: saved.append(1) or (b"code", None)
-    )
+    store, saved = FolderStore(tmp_path), list[bytes]()
+
+    def save() -> tuple[bytes, None]:
+        saved.append(b"code")
+        return b"code", None
+
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", save)
     for model, expected in (("linear", 1), ("linear", 1), ("small_cnn", 2)):
         stepped({"model": {"name": model}}, digits, compiles=True)
         compiled.keep(store, "GPU")

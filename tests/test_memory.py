@@ -17,6 +17,7 @@ from tuner.datasets import Data
 from tuner.recipe import Recipe
 from tuner.rungs import full, training
 from tuner.rungs.memory import is_out_of_memory, smaller
+from tuner.steps import Execution
 from tuner.trainer import epochs_in_turns
 
 
@@ -72,7 +73,7 @@ def test_group_that_does_not_fit_has_fewer_seats_before_it_has_smaller_pieces(
 
     def found(recipe: Recipe, data: Data, device: str, most: int | None = None) -> Speed:
         training, seats = recipe.training, min(8, most or 8)
-        way = "grouped" if seats > 1 else "plain"
+        way: Execution = "grouped" if seats > 1 else "plain"
         return Speed(training.precision, training.layout, 1.0, way, seats)
 
     def train(*arguments: Any, **options: Any) -> Iterator[Any]:

@@ -64,8 +64,9 @@ def remarks(file: StudyFile) -> Iterator[str]:
         if below is not None and (count := comparisons(file, rung)) < FEWEST_PAIRS:
             key = "budget.trials" if rung == ladder.last else f"ladder.{rung}.trials"
             yield (
-                f"{below} is followed untested: {count} recipes will be trained on both {below} and "
-                f"{rung}, and it takes {FEWEST_PAIRS} to say whether they rank alike; raise {key}"
+                f"{below} is followed untested: {count} recipes will be trained on both {below} "
+                f"and {rung}, and it takes {FEWEST_PAIRS} to say whether they rank alike; raise "
+                f"{key}"
             )
     switch = ladder.deferred.switch
     if "deferred" in ladder.searched and switch > (epochs - 1) / epochs:

@@ -106,9 +106,9 @@ class Ladder:
     ``promoted`` is the share for the best recipes of the rung below, and ``unseen`` the share for
     such recipes with everything searched that the rung below cannot see. Half of the promoted, or
     as many as make a comparison, are trained with everything else at its default, which shows how
-    the two rungs rank them; where there is an ``unseen`` share, the others join it. Where the ranks correlate by less than
-    ``trust`` (Spearman), what is left of both shares goes to the algorithm's own proposals; else
-    these learn from the rung below too, unless ``prior`` is false.
+    the two rungs rank them; where there is an ``unseen`` share, the others join it. Where the ranks
+    correlate by less than ``trust`` (Spearman), what is left of both shares goes to the algorithm's
+    own proposals; else these learn from the rung below too, unless ``prior`` is false.
     """
 
     rungs: Annotated[

@@ -92,21 +92,23 @@ class Stack:
         ``rate`` is (K, 1, 1) or of one element. Weights decay, biases do not.
         """
         lanes, _, width = self.weight.shape
-        change = torch.bmm(gradient, inputs.expand(lanes, inputs.shape[1], width))
+        rows = inputs.expand(lanes, inputs.shape[1], width)
         if self.table.scaled:
-            change.mul_(self.table["mult"][:, :, None])
+            gradient = gradient * self.table["mult"][:, :, None]
         if self.head == "cosine":
+            change = torch.bmm(gradient, rows)
             inward = (change * self.acting).sum(2, keepdim=True)
             change.addcmul_(self.acting, inward, value=-1).div_(self.norm)
-        self.momentum.mul_(MOMENTUM).add_(change).add_(self.weight, alpha=WEIGHT_DECAY)
+            self.momentum.mul_(MOMENTUM).add_(change)
+        else:
+            self.momentum.baddbmm_(gradient, rows, beta=MOMENTUM)
+        self.momentum.add_(self.weight, alpha=WEIGHT_DECAY)
         self.weight.addcmul_(self.momentum, rate * self.pace, value=-1)
         if self.head == "linear":
             self._step_bias(gradient, rate)
 
     def _step_bias(self, gradient: Tensor, rate: Tensor) -> None:
         change = gradient.sum(2, keepdim=True)
-        if self.table.scaled:
-            change.mul_(self.table["mult"][:, :, None])
         self.bias_momentum.mul_(MOMENTUM).add_(change)
         # In two operations: biases do not fill lines, and fused ones round otherwise at the end.
         self.bias.sub_(self.bias_momentum * rate)

@@ -28,6 +28,7 @@ class _Like:
     shared: bool
     head: Head
     kind: Kind | None
+    focal: bool
     seed: int | None
 
 
@@ -86,5 +87,7 @@ def _partition(orders: Sequence[Order], settings: HeadTraining) -> dict[_Like, l
 def _like(order: Order, settings: HeadTraining) -> _Like:
     recipe, row = order.recipe, row_of(order.loss)
     kind = None if row is None else row.kind
+    # Those that are not focal need half the operations, as long as nobody beside them is.
+    focal = row is not None and row.gamma != 0
     shared = settings.batches == "shared" and kind is not None and is_by_class(sampler_of(recipe))
-    return _Like(shared, recipe.loss.head, kind, recipe.seed if shared else None)
+    return _Like(shared, recipe.loss.head, kind, focal, recipe.seed if shared else None)

@@ -45,6 +45,10 @@ class Batch:
             return table.index_select(1, self.targets)[:, None]
         return table.gather(1, self.targets)[:, None]
 
+    def own(self, values: Tensor) -> Tensor:
+        """Of values (K, C, B) those of each sample's class, (K, 1, B)."""
+        return values.gather(1, self.targets.expand(len(values), -1)[:, None])
+
 
 class Table:
     """The rows of all lanes: set on the CPU, and on the lanes' device as of the last ``note``.
@@ -157,15 +161,16 @@ def plain_gradient(
     if "weighted" in parts:
         weight = weight * batch.pick(table["weight"])
     log_p = torch.log_softmax(u, 1)
-    losses = log_p.gather(1, batch.targets[:, None]).mul_(weight).neg_()
+    losses = batch.own(log_p).mul_(weight).neg_()
     return log_p.exp_().sub_(batch.hit).mul_(weight), losses
 
 
 def _own(u: Tensor, p: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """log p_y and log(1 - p_y), (K, 1, B) each, exact where p_y is near 1."""
-    own = (u * batch.hit).sum(1, keepdim=True)
-    rest = (p - p * batch.hit).sum(1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
-    log_p = torch.where(rest < 0.5, torch.log1p(-rest), own - u.logsumexp(1, keepdim=True))
+    rest = (p * (1 - batch.hit)).sum(1, keepdim=True).clamp_(min=torch.finfo(p.dtype).tiny)
+    # The largest p is 1/C at least: its logarithm is exact, and log Σ exp u with it.
+    total = u.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+    log_p = torch.where(rest < 0.5, torch.log1p(-rest), batch.own(u) - total)
     return log_p, rest.log()
 
 
