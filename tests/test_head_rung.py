@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from conftest import MakeSession
 from fleet import lease, run_alone, run_next, slot
 from optuna.trial import TrialState
 
+from tuner import trained
 from tuner.datasets import Data
+from tuner.errors import TunerError
 from tuner.evaluation import assess_validation
 from tuner.export import export
-from tuner.heads import HeadResult, train_heads
+from tuner.heads import Features, HeadResult, _features, train_heads
 from tuner.ladder import rung_of
 from tuner.pulse import facts
 from tuner.recipe import Recipe
@@ -340,3 +343,34 @@ def test_lease_of_the_first_trial_lost_means_the_others_are_still_written(
     monkeypatch.setattr(type(ready.fenced), "finish_all", lambda self, e: first_is_lost(e))
     _, outcomes = cohort(ready, digits)
     assert Counter(o.state for o in outcomes) == {"pruned": 23, "lost": 1}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where features are kept: none so far."""
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return trained.features_folder()
+
+
+@pytest.mark.parametrize("place", ["made", "moved", "moved by the training"])
+def test_no_memory_for_features_says_the_ways_out_and_all_trials_wait(
+    place: str, ready: Session, digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, to = iter(["moved", "moved by the training"]), Features.to
+
+    def moved(self: Features, device: Any) -> Features:
+        if next(moves) == place:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        return to(self, device)
+
+    def made(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(Features, "to", moved)
+    if place == "made":
+        monkeypatch.setattr(_features._Maker, "features", made)
+    images = f"features of {len(digits.train)} images, ladder.head.copies = 2, cannot be held"
+    with pytest.raises(TunerError, match=rf"{images}.*\(.*allocate.*\); take fewer copies, or"):
+        cohort(ready, digits)
+    assert len(ready.trials(TrialState.WAITING)) == 24
+    assert not ready.trials(TrialState.RUNNING)

@@ -16,7 +16,7 @@ from tuner.augment import MIXING, Augmenter
 from tuner.confirm import fold_of
 from tuner.datasets import Data, fold
 from tuner.errors import TunerError
-from tuner.heads import COHORT, Features, HeadResult, cached_features, train_heads
+from tuner.heads import COHORT, Features, HeadResult, cached_features, holding, train_heads
 from tuner.ladder import rung_of
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -96,12 +96,13 @@ def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbon
     baseline = session.baseline()
     assert baseline is not None, "tickets of the head rung come after the baseline"
     settings = session.file.ladder.head
-    if settings.backbone == "initial":
-        lane = Lane(stored_recipe(baseline), data, device)
-    else:
-        _wait_for_weights(session, baseline)
-        lane = trained_lane(session, baseline, data, device)
-    return Backbone(lane, _features(lane, data, settings.copies, folder).to(device))
+    with holding(len(data.train), settings.copies, device):
+        if settings.backbone == "initial":
+            lane = Lane(stored_recipe(baseline), data, device)
+        else:
+            _wait_for_weights(session, baseline)
+            lane = trained_lane(session, baseline, data, device)
+        return Backbone(lane, _features(lane, data, settings.copies, folder).to(device))
 
 
 def _features(lane: Lane, data: Data, copies: int, folder: Path) -> Features:
