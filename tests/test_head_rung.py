@@ -16,6 +16,7 @@ from climbers import CLIMBING
 from conftest import MakeSession
 from fleet import lease, run_alone, run_next, slot
 from optuna.trial import TrialState
+from test_heads_features import files_of_at_most
 
 from tuner import trained
 from tuner.datasets import Data
@@ -350,6 +351,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where features are kept: none so far."""
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     return trained.features_folder()
+
+
+def test_disk_that_is_full_says_where_to_make_room(
+    ready: Session, digits: Data, cache: Path
+) -> None:
+    ready.baseline()
+    with files_of_at_most(2**14), pytest.raises(TunerError) as error:
+        trained.backbone(ready, digits, "cpu", cache)
+    assert f"cannot be kept in {cache} (" in str(error.value)
+    assert "make room there, or set TUNER_CACHE" in str(error.value)
+    assert not list(cache.glob("*.half"))
 
 
 @pytest.mark.parametrize("place", ["made", "moved", "moved by the training"])

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tuner.alone import alone
+from tuner.alone import alone, half_written, make_room, note_use
 from tuner.augment import Augmenter
 from tuner.chunks import cached_batch
 from tuner.datasets import Data, Images
@@ -56,12 +56,19 @@ class Features:
 
 
 def cached_features(
-    model: Classifier, data: Data, augment: Augmenter, *, copies: int, seed: int, folder: Path
+    model: Classifier,
+    data: Data,
+    augment: Augmenter,
+    *,
+    copies: int,
+    seed: int,
+    folder: Path,
 ) -> Features:
     """Features of the backbone of ``model``, from ``folder`` or made and left there.
 
     Of the processes of a machine only one computes; the others wait, and all map the same
-    file into memory. A file that is truncated or is none is made again.
+    file into memory. A file that is truncated or is none is made again. Features that were not
+    used for longest make room for new ones.
 
     The first copy of the training images is as they are, the others are augmented. Nothing
     is mixed: targets of mixed images would be soft, and mixing acts on pixels; so mixup and
@@ -70,6 +77,7 @@ def cached_features(
     Raises:
         TunerError: The augmenter mixes images even at the end of training, or the features
             are not finite.
+        OSError: They cannot be kept in the folder; nothing of them is left there.
     """
     key = _key(model, data, augment, copies, seed)
     path = Path(folder) / f"{key}.safetensors"
@@ -113,6 +121,7 @@ def _digest(total: Any, module: nn.Module) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
     """Memory-mapped tensors and the scale; None where there is no whole file of this layout."""
     try:
+        note_use(path)
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             names = ("train", "train_targets", "validation")
@@ -124,14 +133,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
 
 
 def _write(path: Path, made: tuple[dict[str, Tensor], float]) -> None:
-    """Put the file in place whole; only who holds the lock writes, so one name will do."""
+    """Put the file in place whole, after others have made room for it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     tensors, scale = made
-    half = path.with_name(f".{path.name}.half")
+    make_room(path, sum(tensor.nbytes for tensor in tensors.values()), at_any_cost=True)
     meta = {"format": LAYOUT, "scale": json.dumps(scale)}
-    safetensors.torch.save_file(tensors, half, metadata=meta)
-    with half.open("rb") as file:
-        os.fsync(file.fileno())
-    half.replace(path)
+    with half_written(path) as half:
+        try:
+            safetensors.torch.save_file(tensors, half, metadata=meta)
+        except safetensors.SafetensorError as error:  # also says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def _compute(
