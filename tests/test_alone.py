@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.alone import ABANDONED_SECONDS, alone, half_written, make_room, note_use
+from tuner.alone import ABANDONED_SECONDS, Stopped, alone, half_written, make_room, note_use
 
 
 @pytest.fixture
@@ -27,6 +27,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_who_waits_hears_a_request_to_stop(tmp_path: Path) -> None:
+    asked = iter([False, False, True])
+    with alone(tmp_path / "made"), pytest.raises(Stopped):  # noqa: SIM117
+        with alone(tmp_path / "made", stop=lambda: next(asked)):
+            raise AssertionError("two at once")
 
 
 def test_who_waits_has_its_turn_when_the_other_is_done(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from optuna.trial import TrialState
 from test_heads_features import files_of_at_most
 
 from tuner import trained
+from tuner.alone import alone
 from tuner.datasets import Data
 from tuner.errors import TunerError
 from tuner.evaluation import assess_validation
@@ -144,6 +146,7 @@ def test_results_do_not_depend_on_the_company(make_session: MakeSession, digits:
 def test_cohort_that_is_told_to_stop_puts_back_what_it_did_not_train(
     ready: Session, digits: Data
 ) -> None:
+    cohort(ready, digits, lanes=1)
     asked = iter(range(10**9))
     _, outcomes = cohort(ready, digits, stop=lambda: next(asked) > 3)
     assert Counter(o.state for o in outcomes)["interrupted"] > 0
@@ -351,6 +354,50 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where features are kept: none so far."""
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     return trained.features_folder()
+
+
+def test_stop_while_features_are_made_puts_the_trial_back(
+    ready: Session, digits: Data, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tuner")
+    asked = iter(range(10**9))
+    _, outcomes = cohort(ready, digits, stop=lambda: next(asked) > 1)
+    assert [(o.state, o.reason) for o in outcomes] == [("interrupted", "signal")]
+    assert len(ready.trials(TrialState.WAITING)) == 24
+    assert not ready.trials(TrialState.RUNNING)
+    last = ready.ledger.attempts()[-1]
+    assert (last["end"], last["reason"]) == ("preempted", "signal")
+    assert not list(cache.glob("*.safetensors"))
+    assert f"making features, once for this machine: of {len(digits.train)} images" in caplog.text
+    assert len(cohort(ready, digits)[1]) == 24
+
+
+def test_order_to_stop_is_heard_while_another_process_makes_the_features(
+    ready: Session, digits: Data, cache: Path
+) -> None:
+    cohort(ready, digits, lanes=1)
+    [path] = cache.glob("*.safetensors")
+    claimed = lease(ready)
+    assert claimed is not None
+    busy = slot(ready, digits, claimed)
+    busy.pulse.hear(ready.ledger.give_order("stop", "asked for", "repair"))
+    with alone(path):
+        outcome = run_alone(busy, claimed)
+    assert (outcome.state, outcome.reason) == ("interrupted", "stop: asked for")
+    assert len(ready.trials(TrialState.WAITING)) == 23
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0], ids=["waited for", "trained again"])
+def test_stop_is_heard_while_the_backbone_is(
+    seconds: float, ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "WEIGHTS_SECONDS", seconds)
+    ready.trial_store(0).remove("model.safetensors")
+    began = time.monotonic()
+    _, outcomes = cohort(ready, digits, stop=lambda: True)
+    assert [(o.state, o.reason) for o in outcomes] == [("interrupted", "signal")]
+    assert time.monotonic() < began + 30
+    assert len(ready.trials(TrialState.WAITING)) == 24
 
 
 def test_disk_that_is_full_says_where_to_make_room(

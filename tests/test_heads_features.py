@@ -16,6 +16,7 @@ from head_cases import pixel_features, pixels, unlike
 from image_folders import dataset, photos
 from torch import Tensor
 
+from tuner.alone import Stopped
 from tuner.augment import AUGMENTS, Augmenter
 from tuner.datasets import Data
 from tuner.errors import TunerError
@@ -240,6 +241,19 @@ def test_disk_that_is_full_is_an_error_of_the_system_and_nothing_is_left_on_it(
         pixel_features(digits, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
     assert pixel_features(digits, tmp_path).train.isfinite().all()
+
+
+def test_request_to_stop_is_heard_between_batches_and_nothing_is_left(
+    model: Classifier, digits: Data, tmp_path: Path
+) -> None:
+    augment, asked = pixels(digits)[1], iter([False, False, True])
+    given: dict[str, Any] = {"copies": 2, "seed": 0, "folder": tmp_path}
+    model.train()
+    with pytest.raises(Stopped):
+        cached_features(model, digits, augment, **given, stop=lambda: next(asked))
+    assert model.training
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert same(cached_features(model, digits, augment, **given), pixel_features(digits, tmp_path))
 
 
 def test_features_that_were_not_used_for_longest_make_room(

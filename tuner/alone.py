@@ -6,11 +6,19 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 ABANDONED_SECONDS = 24 * 3600
 """After so long nobody is still writing to a file."""
+LOOK_SECONDS = 0.1
+
+Stop = Callable[[], bool]
+
+
+class Stopped(Exception):
+    """Somebody asked to stop before it was made; nothing is wrong."""
 
 
 def cache_folder() -> Path:
@@ -20,18 +28,31 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, stop: Stop = lambda: False) -> Iterator[None]:
     """Let one process at a time look for ``path`` and make it, by a lock file beside it.
 
     Raises:
         OSError: The folder cannot be made or written to.
+        Stopped: ``stop`` said so while another process was at it.
     """
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _locked(file):
+            time.sleep(LOOK_SECONDS)
+            if stop():
+                raise Stopped
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file unless another process has."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

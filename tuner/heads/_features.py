@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tuner.alone import alone, half_written, make_room, note_use
+from tuner.alone import Stop, Stopped, alone, half_written, make_room, note_use
 from tuner.augment import Augmenter
 from tuner.chunks import cached_batch
 from tuner.datasets import Data, Images
@@ -26,6 +27,8 @@ LAYOUT = "tuner-features-1"
 BATCH, PIXELS = 512, 2**21
 """Most images, and most pixels of a channel, that are loaded at a time."""
 MAX_LOADERS = 4
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,7 @@ def cached_features(
     copies: int,
     seed: int,
     folder: Path,
+    stop: Stop = lambda: False,
 ) -> Features:
     """Features of the backbone of ``model``, from ``folder`` or made and left there.
 
@@ -78,13 +82,18 @@ def cached_features(
         TunerError: The augmenter mixes images even at the end of training, or the features
             are not finite.
         OSError: They cannot be kept in the folder; nothing of them is left there.
+        Stopped: ``stop`` said so between batches, or while another process computed.
     """
     key = _key(model, data, augment, copies, seed)
     path = Path(folder) / f"{key}.safetensors"
-    with alone(path):
+    with alone(path, stop):
         found = _read(path)
         if found is None:
-            _write(path, _compute(model, data, augment, copies, seed))
+            log.info(
+                "making features, once for this machine: of %d images, %d copies, and of %d others",
+                *(len(data.train), copies, len(data.validation)),
+            )
+            _write(path, _compute(model, data, augment, copies, seed, stop))
             found = _read(path)
     if found is None:
         raise TunerError(f"{path}: cannot be read although it was just written; is the disk full?")
@@ -149,13 +158,13 @@ def _write(path: Path, made: tuple[dict[str, Tensor], float]) -> None:
 
 
 def _compute(
-    model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int
+    model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int, stop: Stop
 ) -> tuple[dict[str, Tensor], float]:
     """Features of every copy, in evaluation mode and float32."""
     training = model.training
     model.eval()
     try:
-        maker = _Maker(model, augment)
+        maker = _Maker(model, augment, stop)
         validation = maker.features(data.validation.images, None, None)
         scale = float(validation.double().square().mean().sqrt()) or 1.0
         maker.scale = scale
@@ -175,8 +184,8 @@ def _compute(
 class _Maker:
     """Makes features batch by batch."""
 
-    def __init__(self, model: Classifier, augment: Augmenter) -> None:
-        self.model, self.augment, self.scale = model, augment, 1.0
+    def __init__(self, model: Classifier, augment: Augmenter, stop: Stop) -> None:
+        self.model, self.augment, self.stop, self.scale = model, augment, stop, 1.0
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def copy(self, data: Data, copy: int, seed: int) -> Tensor:
@@ -195,6 +204,8 @@ class _Maker:
         loaded = images.batches(batches, workers=workers, pin=self.device.type == "cuda")
         made = []
         for indices, batch in zip(batches, loaded, strict=True):
+            if self.stop():
+                raise Stopped
             inputs = self._inputs(batch.to(self.device), indices, targets, draws)
             found = torch.cat(
                 [self._made(some) for some in torch.split(inputs, self._at_once(inputs))]
