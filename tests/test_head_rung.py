@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from climbers import CLIMBING
 from conftest import MakeSession
 from fleet import lease, run_alone, run_next, slot
 from optuna.trial import TrialState
+from test_heads_features import files_of_at_most
 
+from tuner import trained
+from tuner.alone import alone
 from tuner.datasets import Data
+from tuner.errors import TunerError
 from tuner.evaluation import assess_validation
 from tuner.export import export
-from tuner.heads import HeadResult, train_heads
+from tuner.heads import Features, HeadResult, _features, train_heads
 from tuner.ladder import rung_of
 from tuner.pulse import facts
 from tuner.recipe import Recipe
@@ -140,6 +146,7 @@ def test_results_do_not_depend_on_the_company(make_session: MakeSession, digits:
 def test_cohort_that_is_told_to_stop_puts_back_what_it_did_not_train(
     ready: Session, digits: Data
 ) -> None:
+    cohort(ready, digits, lanes=1)
     asked = iter(range(10**9))
     _, outcomes = cohort(ready, digits, stop=lambda: next(asked) > 3)
     assert Counter(o.state for o in outcomes)["interrupted"] > 0
@@ -340,3 +347,89 @@ def test_lease_of_the_first_trial_lost_means_the_others_are_still_written(
     monkeypatch.setattr(type(ready.fenced), "finish_all", lambda self, e: first_is_lost(e))
     _, outcomes = cohort(ready, digits)
     assert Counter(o.state for o in outcomes) == {"pruned": 23, "lost": 1}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where features are kept: none so far."""
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return trained.features_folder()
+
+
+def test_stop_while_features_are_made_puts_the_trial_back(
+    ready: Session, digits: Data, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tuner")
+    asked = iter(range(10**9))
+    _, outcomes = cohort(ready, digits, stop=lambda: next(asked) > 1)
+    assert [(o.state, o.reason) for o in outcomes] == [("interrupted", "signal")]
+    assert len(ready.trials(TrialState.WAITING)) == 24
+    assert not ready.trials(TrialState.RUNNING)
+    last = ready.ledger.attempts()[-1]
+    assert (last["end"], last["reason"]) == ("preempted", "signal")
+    assert not list(cache.glob("*.safetensors"))
+    assert f"making features, once for this machine: of {len(digits.train)} images" in caplog.text
+    assert len(cohort(ready, digits)[1]) == 24
+
+
+def test_order_to_stop_is_heard_while_another_process_makes_the_features(
+    ready: Session, digits: Data, cache: Path
+) -> None:
+    cohort(ready, digits, lanes=1)
+    [path] = cache.glob("*.safetensors")
+    claimed = lease(ready)
+    assert claimed is not None
+    busy = slot(ready, digits, claimed)
+    busy.pulse.hear(ready.ledger.give_order("stop", "asked for", "repair"))
+    with alone(path):
+        outcome = run_alone(busy, claimed)
+    assert (outcome.state, outcome.reason) == ("interrupted", "stop: asked for")
+    assert len(ready.trials(TrialState.WAITING)) == 23
+
+
+@pytest.mark.parametrize("seconds", [60.0, 0.0], ids=["waited for", "trained again"])
+def test_stop_is_heard_while_the_backbone_is(
+    seconds: float, ready: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "WEIGHTS_SECONDS", seconds)
+    ready.trial_store(0).remove("model.safetensors")
+    began = time.monotonic()
+    _, outcomes = cohort(ready, digits, stop=lambda: True)
+    assert [(o.state, o.reason) for o in outcomes] == [("interrupted", "signal")]
+    assert time.monotonic() < began + 30
+    assert len(ready.trials(TrialState.WAITING)) == 24
+
+
+def test_disk_that_is_full_says_where_to_make_room(
+    ready: Session, digits: Data, cache: Path
+) -> None:
+    ready.baseline()
+    with files_of_at_most(2**14), pytest.raises(TunerError) as error:
+        trained.backbone(ready, digits, "cpu", cache)
+    assert f"cannot be kept in {cache} (" in str(error.value)
+    assert "make room there, or set TUNER_CACHE" in str(error.value)
+    assert not list(cache.glob("*.half"))
+
+
+@pytest.mark.parametrize("place", ["made", "moved", "moved by the training"])
+def test_no_memory_for_features_says_the_ways_out_and_all_trials_wait(
+    place: str, ready: Session, digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, to = iter(["moved", "moved by the training"]), Features.to
+
+    def moved(self: Features, device: Any) -> Features:
+        if next(moves) == place:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        return to(self, device)
+
+    def made(*_: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(Features, "to", moved)
+    if place == "made":
+        monkeypatch.setattr(_features._Maker, "features", made)
+    images = f"features of {len(digits.train)} images, ladder.head.copies = 2, cannot be held"
+    with pytest.raises(TunerError, match=rf"{images}.*\(.*allocate.*\); take fewer copies, or"):
+        cohort(ready, digits)
+    assert len(ready.trials(TrialState.WAITING)) == 24
+    assert not ready.trials(TrialState.RUNNING)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tuner.datasets import Data
 from tuner.heads import Features, HeadResult, HeadTraining, train_heads
 from tuner.heads._plans import MIXTURE, sampler_of
+from tuner.heads._work import Material
 from tuner.losses import LOSSES, Loss, LossComponent
 from tuner.recipe import Recipe
 from tuner.registry import component
@@ -240,6 +241,19 @@ def test_sampler_as_weights_draws_as_the_sampler_does(digits: Data) -> None:
         ratio = MIXTURE.ratio(own, counts)
         assert torch.allclose(drawn * ratio, own)
         assert float(ratio.max()) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_features_are_measured_to_the_bit_and_not_changed_by_that(
+    dtype: torch.dtype, odd: Features, digits: Data
+) -> None:
+    before = odd.train.clone()
+    material = Material(odd, digits, SETTINGS, dtype, torch.device("cpu"))
+    first = before[0].to(dtype)
+    mean = first.mean(0)
+    assert torch.equal(material.mean, mean)
+    assert material.unit == float((first - mean).square().sum(1).mean().sqrt())
+    assert torch.equal(odd.train, before)
 
 
 def test_stop_ends_the_training_between_steps(features: Features, digits: Data) -> None:

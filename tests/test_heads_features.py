@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
+import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from head_cases import pixel_features, pixels, unlike
 from image_folders import dataset, photos
 from torch import Tensor
 
+from tuner.alone import Stopped
 from tuner.augment import AUGMENTS, Augmenter
 from tuner.datasets import Data
 from tuner.errors import TunerError
@@ -215,3 +221,63 @@ def test_streamed_images_give_the_features_of_resident_ones(tmp_path: Path) -> N
         folder = tmp_path / f"cache{len(both)}"
         both.append(cached_features(model, data, augment, copies=1, seed=0, folder=folder))
     assert same(*both)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk does: to write more than so many bytes is an error of the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_disk_that_is_full_is_an_error_of_the_system_and_nothing_is_left_on_it(
+    digits: Data, tmp_path: Path
+) -> None:
+    with files_of_at_most(2**14), pytest.raises(OSError, match="File too large"):
+        pixel_features(digits, tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert pixel_features(digits, tmp_path).train.isfinite().all()
+
+
+def test_request_to_stop_is_heard_between_batches_and_nothing_is_left(
+    model: Classifier, digits: Data, tmp_path: Path
+) -> None:
+    augment, asked = pixels(digits)[1], iter([False, False, True])
+    given: dict[str, Any] = {"copies": 2, "seed": 0, "folder": tmp_path}
+    model.train()
+    with pytest.raises(Stopped):
+        cached_features(model, digits, augment, **given, stop=lambda: next(asked))
+    assert model.training
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert same(cached_features(model, digits, augment, **given), pixel_features(digits, tmp_path))
+
+
+def test_features_that_were_not_used_for_longest_make_room(
+    model: Classifier, digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def path(seed: int) -> Path:
+        made = cached_features(
+            model, digits, pixels(digits)[1], copies=2, seed=seed, folder=tmp_path
+        )
+        return tmp_path / f"{made.key}.safetensors"
+
+    first, second = path(1), path(2)
+    for seconds, made in enumerate((first, second), 1):
+        os.utime(made, (seconds, seconds))
+    assert path(1) == first
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * first.stat().st_size + 2**12)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    third = path(3)
+    assert {*tmp_path.glob("*.safetensors")} == {first, third}
+
+
+def test_features_are_kept_though_they_take_more_than_half_of_the_disk(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    assert (tmp_path / f"{pixel_features(digits, tmp_path).key}.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Copies from the processor's memory to a device that nobody waits for."""
+"""Copies from the processor's memory to a device that nobody waits for, and memory that lacks."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text.lower()
+    )

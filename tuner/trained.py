@@ -11,18 +11,18 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner import artifacts
-from tuner.alone import cache_folder
+from tuner.alone import Stop, Stopped, cache_folder
 from tuner.augment import MIXING, Augmenter
 from tuner.confirm import fold_of
 from tuner.datasets import Data, fold
 from tuner.errors import TunerError
-from tuner.heads import COHORT, Features, HeadResult, cached_features, train_heads
+from tuner.heads import COHORT, Features, HeadResult, cached_features, holding, train_heads
 from tuner.ladder import rung_of
 from tuner.lane import Lane
 from tuner.recipe import Recipe
 from tuner.session import Session
 from tuner.stores import StoreError
-from tuner.trainer import epochs
+from tuner.trainer import Interrupted, epochs
 
 WEIGHTS_SECONDS = 20.0
 
@@ -34,11 +34,20 @@ def stored_recipe(trial: FrozenTrial) -> Recipe:
     return Recipe.from_dict(trial.user_attrs["recipe"], where=f"trial {trial.number}")
 
 
-def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) -> Lane:
+def trained_lane(
+    session: Session,
+    trial: FrozenTrial,
+    data: Data,
+    device: str,
+    stop: Stop = lambda: False,
+) -> Lane:
     """The trained model of a trial: from its stored weights, else trained again.
 
     Weights are kept for the best trial and the baseline; training again from the same recipe,
     data and seed gives the same numbers. A trial of the confirm rung has its own fold of ``data``.
+
+    Raises:
+        Stopped: ``stop`` said so while it was trained again.
     """
     index = fold_of(trial)
     data = data if index is None else fold(data, index)
@@ -53,9 +62,9 @@ def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) 
         return lane
     log.warning("trial %d has no usable stored weights; training it again", trial.number)
     if rung_of(trial) == "head":
-        lane = head_lane(session, recipe, data, device)
+        lane = head_lane(session, recipe, data, device, stop)
     else:
-        lane = train(recipe, data, device)
+        lane = train(recipe, data, device, stop)
     try:
         artifacts.save_weights(store, lane.model, identity)
     except StoreError as error:
@@ -63,12 +72,19 @@ def trained_lane(session: Session, trial: FrozenTrial, data: Data, device: str) 
     return lane
 
 
-def train(recipe: Recipe, data: Data, device: str) -> Lane:
-    """Train a recipe from start to end."""
+def train(recipe: Recipe, data: Data, device: str, stop: Stop = lambda: False) -> Lane:
+    """Train a recipe from start to end.
+
+    Raises:
+        Stopped: ``stop`` said so before.
+    """
     torch.set_num_threads(1)
     lane = None
-    for result in epochs(recipe, data, device=device):
-        lane = result.lane
+    try:
+        for result in epochs(recipe, data, device=device, stop=stop):
+            lane = result.lane
+    except Interrupted:
+        raise Stopped from None
     assert lane is not None, "a recipe has at least one epoch"
     return lane
 
@@ -84,7 +100,9 @@ class Backbone:
     features: Features
 
 
-def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbone:
+def backbone(
+    session: Session, data: Data, device: str, folder: Path, stop: Stop = lambda: False
+) -> Backbone:
     """The backbone of the head rung, and its features from ``folder`` or made and left there.
 
     It is the network of the baseline, or the model as it is built, as ``ladder.head.backbone``
@@ -92,22 +110,27 @@ def backbone(session: Session, data: Data, device: str, folder: Path) -> Backbon
 
     Raises:
         TunerError: The baseline is not complete, or the features cannot be had.
+        Stopped: ``stop`` said so before all was there.
     """
     baseline = session.baseline()
     assert baseline is not None, "tickets of the head rung come after the baseline"
     settings = session.file.ladder.head
-    if settings.backbone == "initial":
-        lane = Lane(stored_recipe(baseline), data, device)
-    else:
-        _wait_for_weights(session, baseline)
-        lane = trained_lane(session, baseline, data, device)
-    return Backbone(lane, _features(lane, data, settings.copies, folder).to(device))
+    with holding(len(data.train), settings.copies, device):
+        if settings.backbone == "initial":
+            lane = Lane(stored_recipe(baseline), data, device)
+        else:
+            _wait_for_weights(session, baseline, stop)
+            lane = trained_lane(session, baseline, data, device, stop)
+        features = _features(lane, data, settings.copies, folder, stop)
+        return Backbone(lane, features.to(device))
 
 
-def _features(lane: Lane, data: Data, copies: int, folder: Path) -> Features:
+def _features(lane: Lane, data: Data, copies: int, folder: Path, stop: Stop) -> Features:
     augment, seed = _unmixed(lane.recipe, data), lane.recipe.seed
     try:
-        return cached_features(lane.model, data, augment, copies=copies, seed=seed, folder=folder)
+        return cached_features(
+            lane.model, data, augment, copies=copies, seed=seed, folder=folder, stop=stop
+        )
     except OSError as error:
         raise TunerError(
             f"features of the head rung cannot be kept in {folder} ({error.strerror or error}); "
@@ -115,13 +138,15 @@ def _features(lane: Lane, data: Data, copies: int, folder: Path) -> Features:
         ) from error
 
 
-def _wait_for_weights(session: Session, trial: FrozenTrial) -> None:
+def _wait_for_weights(session: Session, trial: FrozenTrial, stop: Stop) -> None:
     """Give the worker that ended a trial a moment to write its weights."""
     recipe = stored_recipe(trial)
     store = session.trial_store(trial.number)
     identity = {**session.identity(), "digest": recipe.digest()}
     deadline = time.monotonic() + WEIGHTS_SECONDS
     while artifacts.load_weights(store, identity) is None and time.monotonic() < deadline:
+        if stop():
+            raise Stopped
         time.sleep(0.5)
 
 
@@ -138,9 +163,11 @@ def _unmixed(recipe: Recipe, data: Data) -> Augmenter:
     return built
 
 
-def head_lane(session: Session, recipe: Recipe, data: Data, device: str) -> Lane:
+def head_lane(
+    session: Session, recipe: Recipe, data: Data, device: str, stop: Stop = lambda: False
+) -> Lane:
     """A recipe's classifier trained once more on the features, with the backbone before it."""
-    found = backbone(session, data, device, features_folder())
+    found = backbone(session, data, device, features_folder(), stop)
     settings = session.file.ladder.head
     [(_, result)] = train_heads(
         [recipe], found.features, data, settings, lanes=COHORT, device=device

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
-import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,14 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuner.alone import alone, cache_folder
+from tuner.alone import alone, cache_folder, half_written, make_room, note_use
 from tuner.datasets._decode import DECODER, decode_all
 
 WORTH_KEEPING = 2**25
 """Fewer bytes are decoded sooner than they are found."""
-
-ABANDONED_SECONDS = 24 * 3600
-"""After so long nobody is still writing to a file."""
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +48,7 @@ def stored(
                 if not _has_room(path, shape):
                     return None
                 _write(path, paths, shape)
-            with contextlib.suppress(PermissionError):  # another user's
-                os.utime(path)
+            note_use(path)
             return torch.from_file(
                 str(path), shared=False, size=_bytes(shape), dtype=torch.uint8
             ).view(shape)
@@ -81,42 +75,15 @@ def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _has_room(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the pixels may be kept, after others have made room for them.
-
-    A file that is removed remains with the processes that have mapped it.
-    """
-    needed = _bytes(shape)
+    """Whether the pixels may be kept, after others have made room for them."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    others = sorted(path.parent.glob("*.pixels"), key=lambda other: other.stat().st_mtime)
-    kept = sum(other.stat().st_size for other in others)
-    room = (shutil.disk_usage(path.parent).free + kept) // 2
-    if needed > min(memory // 2, room):
-        return False
-    for left in path.parent.glob("*.half"):
-        if left.stat().st_mtime < time.time() - ABANDONED_SECONDS:
-            left.unlink()
-    for other in others:
-        if kept + needed <= room:
-            break
-        kept -= other.stat().st_size
-        other.unlink()
-    return True
+    return _bytes(shape) <= memory // 2 and make_room(path, _bytes(shape))
 
 
 def _write(path: Path, paths: Sequence[str], shape: tuple[int, ...]) -> None:
-    """Decode into a file of another name, and put it in place whole.
-
-    The name is that of the key, so that what a killed process left is written over.
-    """
-    half = path.with_suffix(".half")
-    try:
-        with half.open("wb") as file:
-            decode_all(paths, shape[2], shape[1], partial(_put, file.fileno()))
-            os.fsync(file.fileno())
-        half.replace(path)
-    except BaseException:
-        half.unlink(missing_ok=True)
-        raise
+    """Decode into the file, put in place whole."""
+    with half_written(path) as half, half.open("wb") as file:
+        decode_all(paths, shape[2], shape[1], partial(_put, file.fileno()))
 
 
 def _put(file: int, index: int, pixels: NDArray[np.uint8]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tuner.heads._features import Features, cached_features
+from tuner.heads._holding import holding
 from tuner.heads._settings import COHORT, HeadTraining
 from tuner.heads._train import HeadResult, train_heads
 
@@ -12,5 +13,6 @@ __all__ = [
     "HeadResult",
     "HeadTraining",
     "cached_features",
+    "holding",
     "train_heads",
 ]

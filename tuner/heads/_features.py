@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tuner.alone import alone
+from tuner.alone import Stop, Stopped, alone, half_written, make_room, note_use
 from tuner.augment import Augmenter
 from tuner.chunks import cached_batch
 from tuner.datasets import Data, Images
@@ -26,6 +27,8 @@ LAYOUT = "tuner-features-1"
 BATCH, PIXELS = 512, 2**21
 """Most images, and most pixels of a channel, that are loaded at a time."""
 MAX_LOADERS = 4
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +59,20 @@ class Features:
 
 
 def cached_features(
-    model: Classifier, data: Data, augment: Augmenter, *, copies: int, seed: int, folder: Path
+    model: Classifier,
+    data: Data,
+    augment: Augmenter,
+    *,
+    copies: int,
+    seed: int,
+    folder: Path,
+    stop: Stop = lambda: False,
 ) -> Features:
     """Features of the backbone of ``model``, from ``folder`` or made and left there.
 
     Of the processes of a machine only one computes; the others wait, and all map the same
-    file into memory. A file that is truncated or is none is made again.
+    file into memory. A file that is truncated or is none is made again. Features that were not
+    used for longest make room for new ones.
 
     The first copy of the training images is as they are, the others are augmented. Nothing
     is mixed: targets of mixed images would be soft, and mixing acts on pixels; so mixup and
@@ -70,13 +81,19 @@ def cached_features(
     Raises:
         TunerError: The augmenter mixes images even at the end of training, or the features
             are not finite.
+        OSError: They cannot be kept in the folder; nothing of them is left there.
+        Stopped: ``stop`` said so between batches, or while another process computed.
     """
     key = _key(model, data, augment, copies, seed)
     path = Path(folder) / f"{key}.safetensors"
-    with alone(path):
+    with alone(path, stop):
         found = _read(path)
         if found is None:
-            _write(path, _compute(model, data, augment, copies, seed))
+            log.info(
+                "making features, once for this machine: of %d images, %d copies, and of %d others",
+                *(len(data.train), copies, len(data.validation)),
+            )
+            _write(path, _compute(model, data, augment, copies, seed, stop))
             found = _read(path)
     if found is None:
         raise TunerError(f"{path}: cannot be read although it was just written; is the disk full?")
@@ -113,6 +130,7 @@ def _digest(total: Any, module: nn.Module) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
     """Memory-mapped tensors and the scale; None where there is no whole file of this layout."""
     try:
+        note_use(path)
         with safetensors.safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             names = ("train", "train_targets", "validation")
@@ -124,24 +142,29 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float] | None:
 
 
 def _write(path: Path, made: tuple[dict[str, Tensor], float]) -> None:
-    """Put the file in place whole; only who holds the lock writes, so one name will do."""
+    """Put the file in place whole, after others have made room for it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     tensors, scale = made
-    half = path.with_name(f".{path.name}.half")
+    make_room(path, sum(tensor.nbytes for tensor in tensors.values()), at_any_cost=True)
     meta = {"format": LAYOUT, "scale": json.dumps(scale)}
-    safetensors.torch.save_file(tensors, half, metadata=meta)
-    with half.open("rb") as file:
-        os.fsync(file.fileno())
-    half.replace(path)
+    with half_written(path) as half:
+        try:
+            safetensors.torch.save_file(tensors, half, metadata=meta)
+        except safetensors.SafetensorError as error:  # also says that the disk is full
+            raise OSError(str(error)) from error
 
 
 def _compute(
-    model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int
+    model: Classifier, data: Data, augment: Augmenter, copies: int, seed: int, stop: Stop
 ) -> tuple[dict[str, Tensor], float]:
     """Features of every copy, in evaluation mode and float32."""
     training = model.training
     model.eval()
     try:
-        maker = _Maker(model, augment)
+        maker = _Maker(model, augment, stop)
         validation = maker.features(data.validation.images, None, None)
         scale = float(validation.double().square().mean().sqrt()) or 1.0
         maker.scale = scale
@@ -161,8 +184,8 @@ def _compute(
 class _Maker:
     """Makes features batch by batch."""
 
-    def __init__(self, model: Classifier, augment: Augmenter) -> None:
-        self.model, self.augment, self.scale = model, augment, 1.0
+    def __init__(self, model: Classifier, augment: Augmenter, stop: Stop) -> None:
+        self.model, self.augment, self.stop, self.scale = model, augment, stop, 1.0
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def copy(self, data: Data, copy: int, seed: int) -> Tensor:
@@ -181,6 +204,8 @@ class _Maker:
         loaded = images.batches(batches, workers=workers, pin=self.device.type == "cuda")
         made = []
         for indices, batch in zip(batches, loaded, strict=True):
+            if self.stop():
+                raise Stopped
             inputs = self._inputs(batch.to(self.device), indices, targets, draws)
             found = torch.cat(
                 [self._made(some) for some in torch.split(inputs, self._at_once(inputs))]

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, pad
 from tuner.datasets import Data
 from tuner.heads._device import at_once, seats
 from tuner.heads._features import Features
+from tuner.heads._holding import holding
 from tuner.heads._settings import HeadTraining
 from tuner.heads._stack import Stack
 from tuner.losses import Loss
@@ -70,6 +71,9 @@ class Material:
     A linear head sees them centred and divided by their root mean square length, which its
     bias and weight make good; a cosine head divided by each one's own length. Zeros fill up
     their number, see ``lines``.
+
+    Raises:
+        TunerError: The device has no memory for them.
     """
 
     def __init__(
@@ -80,18 +84,23 @@ class Material:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        features = features.to(device)
-        self.features, self.data, self.settings, self.dtype = features, data, settings, dtype
-        self.device = device
-        self.copies, _, self.features_wide = features.train.shape
+        copies, images, self.features_wide = features.train.shape
+        self.data, self.settings = data, settings
+        self.copies, self.dtype, self.device = copies, dtype, device
         self.width = lines(self.features_wide)
-        self.rows = features.train.flatten(0, 1)
         self.targets = features.train_targets
         self.classes = data.num_classes
         self.each_class = torch.arange(self.classes, device=device)[:, None]
-        first = features.train[0].to(dtype)
-        self.mean = first.mean(0)
-        self.unit = float((first - self.mean).square().sum(1).mean().sqrt()) or 1.0
+        with holding(images, copies, device):
+            self.features = features.to(device)
+            self.mean, self.unit = self._measured()
+        self.rows = self.features.train.flatten(0, 1)
+
+    def _measured(self) -> tuple[Tensor, float]:
+        """Mean (D,) of the plain copy and root mean square distance from it, in one float copy."""
+        values = self.features.train[0].to(self.dtype, copy=True)
+        mean = values.mean(0)
+        return mean, float(values.sub_(mean).square_().sum(1).mean().sqrt()) or 1.0
 
     def stack(self, number: int, lanes: int, head: Head) -> Stack:
         """A stack for ``number`` recipes where ``lanes`` may be trained at once."""

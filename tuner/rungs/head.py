@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 from tuner import artifacts
+from tuner.alone import Stopped
 from tuner.errors import TunerError
 from tuner.evaluation import Assessment, assess_validation, extras, intervals, recalls
 from tuner.heads import COHORT, HeadResult, train_heads
@@ -43,7 +44,10 @@ def run_cohort(
     Raises:
         LeaseLostError: The trial of ``attempt`` is another worker's by now.
     """
-    found = _backbone(slot)
+    try:
+        found = _backbone(slot, lambda: stop() or slot.pulse.interrupts(attempt.lease))
+    except Stopped:
+        return _interrupted(attempt)
     session, pulse = slot.session, slot.pulse
     leases = session.ledger.claim_alike(pulse.worker, "head", _share(slot) - 1)
     others = [Attempt(session, lease, pulse) for lease in leases]
@@ -98,10 +102,20 @@ def _share(slot: Slot) -> int:
     return min(slot.lanes, slot.together, -(-left // max(1, len(session.ledger.alive()))))
 
 
-def _backbone(slot: Slot) -> Backbone:
+def _backbone(slot: Slot, stop: Callable[[], bool]) -> Backbone:
     if slot.backbone is None:
-        slot.backbone = backbone(slot.session, slot.data, slot.device, features_folder())
+        folder = features_folder()
+        slot.backbone = backbone(slot.session, slot.data, slot.device, folder, stop)
     return slot.backbone
+
+
+def _interrupted(attempt: Attempt) -> Outcome:
+    """Put a trial back that waited for the backbone when somebody asked to stop."""
+    if attempt.is_lost:
+        raise LeaseLostError
+    reason = attempt.why_stopped()
+    attempt.give_back("preempted", reason)
+    return Outcome(attempt.number, "interrupted", reason)
 
 
 def _put_back(slot: Slot, attempts: Sequence[Attempt]) -> None:

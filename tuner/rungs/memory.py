@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from tuner.placing import is_out_of_memory
+
+__all__ = ["free", "is_device_broken", "is_out_of_memory", "smaller"]
+
 SMALLEST = 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text.lower()
-    )
 
 
 def is_device_broken(error: BaseException) -> bool:
