@@ -170,9 +170,11 @@ def test_weights_of_a_model_with_fewer_layers_are_refused(tmp_path: Path) -> Non
         build("mlp", depth=2, weights_file=file)
 
 
-def test_missing_weights_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TunerError, match=r"nowhere\.pth: no such file"):
-        build("torchvision", weights_file=str(tmp_path / "nowhere.pth"))
+@pytest.mark.parametrize("name", [*MODELS])
+def test_missing_weights_file_is_named_with_where_it_was_looked_for(name: str) -> None:
+    with pytest.raises(TunerError) as caught:
+        build(name, weights_file="nowhere.pth")
+    assert f"{Path.cwd() / 'nowhere.pth'}: no such file; put it there" in str(caught.value)
 
 
 class Payload:

@@ -55,7 +55,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         TunerError: The file is missing, or holds something else than named tensors.
     """
     if not path.is_file():
-        raise TunerError(f"weights_file: {path}: no such file")
+        raise TunerError(
+            f"weights_file: {path.absolute()}: no such file; put it there, or name another"
+        )
     try:
         content = _read(path)
     except OSError as error:
