@@ -27,6 +27,7 @@ def test_every_component_is_described_with_all_its_parameters(part: str) -> None
         ("loss", "class_balanced", "beta", "(number >= 0 < 1)"),
         ("loss", "class_balanced", "base", '= "softmax" (one of "softmax", "sigmoid", "focal")'),
         ("model", "mlp", "width", "= 256 (whole number >= 1)"),
+        ("model", "mlp", "weights_file", "(text)"),
         ("schedule", "step", "milestones", "= [0.8, 0.9] (list)"),
         ("schedule", "step", "per_epoch", "= false (true or false)"),
         ("data", "image_folder", "root", "(text, required)"),

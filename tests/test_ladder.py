@@ -13,6 +13,7 @@ from scipy import stats
 
 from tuner.errors import StudyFileError
 from tuner.ladder import FEWEST_PAIRS, agreement, is_judged, rung_of
+from tuner.models import MODELS
 from tuner.statistics import rank_correlation
 from tuner.training import Deferred, SingleStage
 
@@ -112,7 +113,8 @@ def test_the_budget_is_the_last_rungs_and_the_baseline_is_beside_it_where_that_i
         ),
         (
             ladder("head", "full", head={"backbone": "initial"}),
-            'ladder.head.backbone = "initial": needs weights',
+            'ladder.head.backbone = "initial": needs weights, but linear is as it was '
+            "initialised; give the model a weights_file",
         ),
     ],
 )  # fmt: skip
@@ -122,6 +124,16 @@ def test_ladder_that_cannot_be_climbed_is_refused(
     with pytest.raises(StudyFileError) as caught:
         make_file(**sections)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_head_rung_takes_the_weights_of_any_model_as_its_backbone(
+    make_file: MakeFile, name: str
+) -> None:
+    model = {"name": name, "weights_file": "mine.pth"}
+    file = make_file(**ladder("head", "full", head={"backbone": "initial"}), model=model)
+    held = file.space_at("head").suggest(FixedTrial(file.space_at("head").defaults()))
+    assert held.model.weights_file == "mine.pth"
 
 
 def test_trial_of_a_lower_rung_counts_as_judged_only_when_it_came_to_its_end() -> None:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from model_cases import TINY, build, component, noise
+from model_cases import SMALL, TINY, build, component, noise
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tuner.errors import TunerError
+from tuner.models import MODELS
 from tuner.seeding import seeded
 
 
@@ -60,7 +61,7 @@ def test_pretrained_head_of_the_right_size_is_kept(tmp_path: Path) -> None:
     assert torch.equal(model.head.weight, weights["fc.weight"])
 
 
-@pytest.mark.parametrize("name", ["torchvision", "timm"])
+@pytest.mark.parametrize("name", [*MODELS])
 def test_weights_of_a_trained_classifier_can_be_loaded_again(tmp_path: Path, name: str) -> None:
     with seeded("other"):
         trained = component(name).build(10, (1, 32, 32)).eval()
@@ -68,6 +69,19 @@ def test_weights_of_a_trained_classifier_can_be_loaded_again(tmp_path: Path, nam
     again = build(name, (1, 32, 32), weights_file=file).eval()
     images = noise(2, 1, 32, 32)
     assert torch.equal(again(images), trained(images))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_classifier_trained_on_other_classes_gives_its_backbone_and_the_rest_is_drawn_as_ever(
+    tmp_path: Path, name: str
+) -> None:
+    with seeded("other"):
+        trained = component(name).build(7, (3, 32, 32))
+    file = save(trained.state_dict(), tmp_path / "best.safetensors")
+    model, fresh = build(name, weights_file=file), build(name)
+    assert torch.equal(model.head.weight, fresh.head.weight)
+    for key, value in model.backbone.state_dict().items():
+        assert torch.equal(value, trained.backbone.state_dict()[key])
 
 
 def test_timm_reads_the_head_from_where_the_architecture_has_it(tmp_path: Path) -> None:
@@ -133,9 +147,34 @@ def test_weights_of_other_sizes_are_refused_with_file_and_keys(tmp_path: Path) -
         build("torchvision", weights_file=file)
 
 
-def test_missing_weights_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TunerError, match=r"nowhere\.pth: no such file"):
-        build("torchvision", weights_file=str(tmp_path / "nowhere.pth"))
+@pytest.mark.parametrize(
+    ("name", "trained", "given"),
+    [
+        ("mlp", {"width": 8}, {"width": 9}),
+        ("small_cnn", {"shape": (1, 32, 32)}, {"shape": (3, 32, 32)}),
+        ("timm", {"architecture": "test_vit", "shape": (3, 64, 64)}, {"architecture": "test_vit"}),
+    ],
+    ids=["settings", "channels", "image size"],
+)
+def test_weights_of_a_model_of_other_settings_or_images_are_refused_with_what_to_set(
+    tmp_path: Path, name: str, trained: Any, given: Any
+) -> None:
+    file = save(build(name, **trained).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(TunerError, match=r"another \[model\], or .*size or channels.*image_size"):
+        build(name, **given, weights_file=file)
+
+
+def test_weights_of_a_model_with_fewer_layers_are_refused(tmp_path: Path) -> None:
+    file = save(build("mlp", depth=1).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(TunerError, match=r"w\.pth: .*lacks .*; has nothing.*; take the \[model\]"):
+        build("mlp", depth=2, weights_file=file)
+
+
+@pytest.mark.parametrize("name", [*MODELS])
+def test_missing_weights_file_is_named_with_where_it_was_looked_for(name: str) -> None:
+    with pytest.raises(TunerError) as caught:
+        build(name, weights_file="nowhere.pth")
+    assert f"{Path.cwd() / 'nowhere.pth'}: no such file; put it there" in str(caught.value)
 
 
 class Payload:

@@ -124,6 +124,7 @@ DIFFERENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("augment", {"name": "standard", "crop_padding": 0}, {"name": "none"}),
     ("optimizer", {"name": "sgd", "lr": 0.1}, {"name": "sgd", "lr": 0.2}),
     ("data", {"name": "digits", "seed": 1}, {"name": "digits"}),
+    ("model", {"name": "linear", "weights_file": "mine.pth"}, {"name": "linear"}),
     ("training", {"name": "two_stage"}, {"name": "single_stage"}),
 ]
 
@@ -146,6 +147,11 @@ def test_digest_follows_epochs_and_seed() -> None:
     digests = {digest_of(), digest_of(epochs=21), digest_of(seed=1)}
     assert len(digests) == 3
     assert all(len(digest) == 16 for digest in digests)
+
+
+@pytest.mark.parametrize("name", [*PARTS["model"]])
+def test_weights_file_that_is_not_given_is_not_in_the_recipe(name: str) -> None:
+    assert "weights_file" not in recipe_of(model={"name": name}).to_dict()["model"]
 
 
 def test_digest_does_not_see_how_a_number_is_written() -> None:

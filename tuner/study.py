@@ -243,9 +243,9 @@ def _check_backbone(study: StudyFile, where: str) -> None:
     name, entries = next(iter(study.space_at("head").parts["model"].items()))
     if entries.get("weights_file", Fixed(None)).settled(None) is None:
         raise StudyFileError(
-            f'{where}: ladder.head.backbone = "initial": needs weights, else its features are '
-            f"random; give [model] a weights_file ({name} is as it was initialised), or take "
-            '"baseline", the network of the plain cross-entropy trial'
+            f'{where}: ladder.head.backbone = "initial": needs weights, but {name} is as it was '
+            "initialised; give the model a weights_file, such as the model.safetensors of tuner "
+            'export, or take "baseline", the network of the plain cross-entropy trial'
         )
 
 

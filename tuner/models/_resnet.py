@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tuner.models._base import MODELS
 from tuner.models._classifier import Classifier, Head, ImageShape, classifier
 from tuner.models._layers import GlobalMean, subsampled, with_channels
+from tuner.models._weights import load_weights
 from tuner.registry import component
 
 WIDTHS = (16, 32, 64)
@@ -79,11 +80,14 @@ def _build(
 class ResNet20:
     """ResNet-20 for 32x32 images (He et al. 2016, section 4.2), 0.27 million parameters."""
 
+    weights_file: str | None = None
+
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
     ) -> Classifier:
         """Three blocks a stage."""
-        return _build("resnet20", 3, num_classes, image_shape, head)
+        model = _build("resnet20", 3, num_classes, image_shape, head)
+        return load_weights(model, self.weights_file)
 
 
 @MODELS.register("resnet32")
@@ -91,11 +95,14 @@ class ResNet20:
 class ResNet32:
     """ResNet-32 for 32x32 images (He et al. 2016, section 4.2), 0.46 million parameters."""
 
+    weights_file: str | None = None
+
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
     ) -> Classifier:
         """Five blocks a stage; the usual model for long-tailed CIFAR."""
-        return _build("resnet32", 5, num_classes, image_shape, head)
+        model = _build("resnet32", 5, num_classes, image_shape, head)
+        return load_weights(model, self.weights_file)
 
 
 @MODELS.register("resnet56")
@@ -103,8 +110,11 @@ class ResNet32:
 class ResNet56:
     """ResNet-56 for 32x32 images (He et al. 2016, section 4.2), 0.85 million parameters."""
 
+    weights_file: str | None = None
+
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
     ) -> Classifier:
         """Nine blocks a stage."""
-        return _build("resnet56", 9, num_classes, image_shape, head)
+        model = _build("resnet56", 9, num_classes, image_shape, head)
+        return load_weights(model, self.weights_file)

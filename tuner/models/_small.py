@@ -11,6 +11,7 @@ from torch import nn
 from tuner.models._base import MODELS
 from tuner.models._classifier import Classifier, Head, ImageShape, classifier
 from tuner.models._layers import GlobalMean
+from tuner.models._weights import load_weights
 from tuner.registry import component
 
 
@@ -19,11 +20,14 @@ from tuner.registry import component
 class Linear:
     """Logistic regression on the pixels."""
 
+    weights_file: str | None = None
+
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
     ) -> Classifier:
         """Flattened pixels under the head."""
-        return classifier(nn.Flatten(), num_classes, image_shape, head=head, name="linear")
+        model = classifier(nn.Flatten(), num_classes, image_shape, head=head, name="linear")
+        return load_weights(model, self.weights_file)
 
 
 @MODELS.register("mlp")
@@ -34,6 +38,7 @@ class MLP:
     width: Annotated[int, Field(ge=1)] = 256
     depth: Annotated[int, Field(ge=1)] = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weights_file: str | None = None
 
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
@@ -47,7 +52,8 @@ class MLP:
             if self.dropout > 0:
                 layers.append(nn.Dropout(self.dropout))
         backbone = nn.Sequential(*layers)
-        return classifier(backbone, num_classes, image_shape, head=head, name="mlp")
+        model = classifier(backbone, num_classes, image_shape, head=head, name="mlp")
+        return load_weights(model, self.weights_file)
 
 
 @MODELS.register("small_cnn")
@@ -61,6 +67,7 @@ class SmallCNN:
 
     width: Annotated[int, Field(ge=1)] = 16
     depth: Annotated[int, Field(ge=1)] = 3
+    weights_file: str | None = None
 
     def build(
         self, num_classes: int, image_shape: ImageShape, *, head: Head = "linear"
@@ -71,7 +78,8 @@ class SmallCNN:
         for stage, (inputs, outputs) in enumerate(pairwise(widths), start=1):
             layers += _stage(inputs, outputs, halve=stage < self.depth)
         backbone = nn.Sequential(*layers, GlobalMean())
-        return classifier(backbone, num_classes, image_shape, head=head, name="small_cnn")
+        model = classifier(backbone, num_classes, image_shape, head=head, name="small_cnn")
+        return load_weights(model, self.weights_file)
 
 
 def _stage(inputs: int, outputs: int, *, halve: bool) -> list[nn.Module]:

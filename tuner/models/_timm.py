@@ -41,10 +41,8 @@ class Timm:
         model = classifier(
             backbone, num_classes, image_shape, head=head, name=self.architecture, channels=3
         )
-        if self.weights_file is not None:
-            first, *others = _heads(published)
-            load_weights(model, self.weights_file, file_head=first, unused=others)
-        return model
+        first, *others = _heads(published)
+        return load_weights(model, self.weights_file, file_head=first, unused=others)
 
 
 def _timm() -> Any:

@@ -42,9 +42,7 @@ class TorchVision:
         model = classifier(
             backbone, num_classes, image_shape, head=head, name=self.architecture, channels=3
         )
-        if self.weights_file is not None:
-            load_weights(model, self.weights_file, file_head=file_head, unused=AUXILIARY_HEADS)
-        return model
+        return load_weights(model, self.weights_file, file_head=file_head, unused=AUXILIARY_HEADS)
 
 
 def last_layer(network: nn.Module) -> str:

@@ -17,32 +17,35 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: Classifier, file: str, *, file_head: str, unused: Collection[str] = ()
-) -> None:
-    """Copy the weights in ``file`` into ``model``; a head of another size stays as it is.
+    model: Classifier, file: str | None, *, file_head: str = "head", unused: Collection[str] = ()
+) -> Classifier:
+    """``model`` with the weights in ``file``, if there is one; a head of another size stays.
 
-    Keys are those of the library the backbone is from, with ``file_head`` the name of its
-    last layer, or those of a classifier that was exported here. Layers named in ``unused``
-    (auxiliary heads) are passed over.
+    Keys are those of a classifier that was exported here, or those of the library the backbone
+    is from, with ``file_head`` the name of its last layer. Layers named in ``unused`` (auxiliary
+    heads) are passed over. Images are normalised by the mean and standard deviation of the data at
+    hand, whatever the weights were trained with.
 
     Raises:
         TunerError: The file is missing, not a file of weights, or for another architecture.
     """
+    if file is None:
+        return model
     path = Path(file)
     weights = _own_keys(read_weights(path), file_head)
     weights = {k: v for k, v in weights.items() if not k.startswith(_prefixes(unused))}
     expected = model.state_dict()
     _drop_head_of_another_size(weights, expected, path)
-    misfits = [k for k, v in weights.items() if k in expected and v.shape != expected[k].shape]
-    if misfits:
-        raise TunerError(f"{path}: other sizes than the model's at {_some(misfits)}")
+    _check_sizes(weights, expected, path)
     result = model.load_state_dict(weights, strict=False)
     missing = [key for key in result.missing_keys if not key.startswith("head.")]
     if missing or result.unexpected_keys:
         raise TunerError(
             f"{path}: not the weights of this architecture: lacks {_some(missing)}; "
-            f"has {_some(result.unexpected_keys)}, which the model does not know"
+            f"has {_some(result.unexpected_keys)}, which the model does not know; "
+            "take the [model] that it was trained as, or another file"
         )
+    return model
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -52,7 +55,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         TunerError: The file is missing, or holds something else than named tensors.
     """
     if not path.is_file():
-        raise TunerError(f"weights_file: {path}: no such file")
+        raise TunerError(
+            f"weights_file: {path.absolute()}: no such file; put it there, or name another"
+        )
     try:
         content = _read(path)
     except OSError as error:
@@ -113,6 +118,16 @@ def _drop_head_of_another_size(
             "%s: its head of %d classes is left out; the head starts afresh",
             path,
             next(iter(found.values()))[0],
+        )
+
+
+def _check_sizes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    misfits = [k for k, v in weights.items() if k in expected and v.shape != expected[k].shape]
+    if misfits:
+        raise TunerError(
+            f"{path}: other sizes than the model's at {_some(misfits)}: it is of another [model], "
+            "or was trained on images of another size or channels; take those "
+            "(data.image_size, data.channels)"
         )
 
 
