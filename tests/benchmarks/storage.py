@@ -3,7 +3,8 @@
 Nothing is trained. Worker processes begin trials, report, read for pruning and end them, as fast
 as the storage lets them; see ``storage_workers.py``. Both sides of a point run one after the
 other on copies of one database. ``python tests/benchmarks/storage.py`` prints the tables of
-``RESULTS.md``; ``--workers``, ``--finished``, ``--storages`` and ``--algorithms`` pick points.
+``RESULTS.md``; ``--workers``, ``--finished``, ``--storages`` and ``--algorithms`` pick points, and
+``--cohorts`` measures many trials at once instead; see ``storage_cohorts.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import optuna
 from optuna.trial import TrialState
+from storage_cohorts import cohorts_table
 from storage_history import TICKETS, Databases, add, settle
 from storage_reads import reads_table
 from storage_workers import SIDES, Task, run
@@ -220,6 +222,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="measurements of every point")
     parser.add_argument("--queued", action="store_true", help="plain Optuna has a queue as well")
     parser.add_argument("--reads", action="store_true", help="only one pruning read, alone")
+    parser.add_argument("--cohorts", action="store_true", help="only many trials at once")
     parser.add_argument("--postgres", default=POSTGRES, help="a server where databases can be made")
     parser.add_argument("--folder", type=Path, default=None, help="where SQLite files are made")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -237,6 +240,9 @@ def main() -> None:
         with databases(kind, options) as bases:
             if options.reads:
                 print(f"\n{kind}\n\n{reads_table(bases, max(options.finished))}")
+                continue
+            if options.cohorts:
+                print(f"\n{kind}\n\n{cohorts_table(bases, options.repeats)}")
                 continue
             for name in options.algorithms:
                 print(f"\n{kind}, {name}\n\n{HEAD}\n{RULE}")

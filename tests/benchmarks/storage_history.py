@@ -169,7 +169,7 @@ def _rows(
     if state.is_finished():
         row = {"objective": 0, "value": curve[-1], "value_type": "FINITE"}
         yield VALUES, {"trial_id": trial_id, **row}
-        for key, attribute in _attributes(chance):
+        for key, attribute in attributes(chance):
             yield USER, {"trial_id": trial_id, "key": key, "value_json": json.dumps(attribute)}
 
 
@@ -197,7 +197,7 @@ def _draw(chance: random.Random, kind: BaseDistribution) -> Any:
     return 10 ** chance.uniform(-4, 0) if kind.log else chance.random()
 
 
-def _attributes(chance: random.Random) -> Iterable[tuple[str, Any]]:
+def attributes(chance: random.Random) -> Iterable[tuple[str, Any]]:
     """What Tuner notes about a trial: its recipe, nested metrics, and many small facts."""
     text = "".join(chance.choices("abcdefghij", k=RECIPE_LENGTH - 100))
     yield "recipe", {"loss": {"name": "ldam", "scale": 30.0}, "rest": text}

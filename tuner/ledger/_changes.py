@@ -85,11 +85,7 @@ class Ending:
 
 
 class LeaseLostError(Exception):
-    """Another worker has the trial of ``lease``, or it ended: nothing was written."""
-
-    def __init__(self, *text: str, lease: Lease | None = None) -> None:
-        super().__init__(*text)
-        self.lease = lease
+    """Another worker has the trial, or it ended: nothing was written."""
 
 
 class SupersededError(Exception):

@@ -60,10 +60,12 @@ class FencedStorage(BaseStorage):
 
     # A worker's own trials
 
-    def take(self, lease: Lease) -> None:
-        """Work on the trial of ``lease`` from now on."""
-        trial = copy.deepcopy(self.ledger.trial(lease.trial_id))
-        self.held[lease.trial_id] = _Held(lease, trial)
+    def take(self, *leases: Lease) -> None:
+        """Work on the trials of ``leases`` from now on."""
+        found = self.ledger.by_ids([lease.trial_id for lease in leases]) if leases else []
+        trials = {trial._trial_id: trial for trial in found}
+        for lease in leases:
+            self.held[lease.trial_id] = _Held(lease, trials[lease.trial_id])
 
     def flush(self, trial_id: int, **options: Any) -> Order:
         """Write what was collected, renew the lease, hear the order; see ``Ledger.write``."""

@@ -15,7 +15,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Connection, Row
 
-from tuner.ledger._optuna import PARAMS, STEPS, SYSTEM, TRIALS, USER, VALUES
+from tuner.ledger._optuna import PARAMS, STEPS, SYSTEM, TRIALS, USER, VALUES, chosen
 
 # Old SQLite takes 999 values in a statement, and each id is in one five times.
 CHUNK = 190
@@ -44,16 +44,9 @@ def _read_chunk(connection: Connection, ids: Sequence[int]) -> list[FrozenTrial]
     return [_trial(row, parts, params[row.trial_id]) for row in trials]
 
 
-def _chosen(dialect: str, column: sa.ColumnElement[Any]) -> sa.ColumnElement[bool]:
-    """Whether the column is one of ``ids``: as a list, where that makes one statement of all."""
-    if dialect == "postgresql":
-        return column == sa.any_(sa.bindparam("ids", type_=sa.ARRAY(sa.Integer)))
-    return column.in_(sa.bindparam("ids", expanding=True))
-
-
 @cache
 def _trials(dialect: str) -> sa.Select[Any]:
-    rows = sa.select(TRIALS).where(_chosen(dialect, TRIALS.c.trial_id))
+    rows = sa.select(TRIALS).where(chosen(dialect, TRIALS.c.trial_id))
     return rows.order_by(TRIALS.c.trial_id)
 
 
@@ -65,7 +58,7 @@ def _parts(dialect: str) -> sa.CompoundSelect[Any]:
     """
     selects = [
         sa.select(sa.literal_column(f"'{part}'"), table.c.trial_id, *four).where(
-            _chosen(dialect, table.c.trial_id)
+            chosen(dialect, table.c.trial_id)
         )
         for part, (table, four) in _columns(dialect).items()
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -13,15 +12,8 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from tuner.engines import PATIENCE, insist
-from tuner.ledger import _fleet, _optuna, _queue, _reap, _report
-from tuner.ledger._changes import (
-    Changes,
-    Ending,
-    Lease,
-    LeaseLostError,
-    Order,
-    SupersededError,
-)
+from tuner.ledger import _cohort, _fleet, _optuna, _queue, _reap, _report
+from tuner.ledger._changes import Changes, Ending, Lease, Order, SupersededError
 from tuner.ledger._history import News
 from tuner.ledger._reads import Reads
 
@@ -81,7 +73,7 @@ class Ledger(Reads):
     def claim_alike(self, worker: tuple[str, int], rung: str, most: int) -> list[Lease]:
         """Leases on up to ``most`` waiting trials of a rung, beside the one the worker has."""
         return self._write(
-            lambda c: _queue.claim_alike(
+            lambda c: _cohort.claim(
                 c, self.study_id, worker, rung, most, self.lease_seconds, self.history.mark
             )
         )
@@ -176,18 +168,11 @@ class Ledger(Reads):
         Returns:
             The leases that were lost before: nothing was written of their trials.
         """
-        left, lost = list(endings), []
-        while left:
-            try:
-                action = partial(_queue.finish_all, study_id=self.study_id, endings=left)
-                self._write(action, patience)
-                break
-            except LeaseLostError as error:
-                lost.append(error.lease)
-                left = [ending for ending in left if ending.lease != error.lease]
-        for ending in left:
-            ending.changes.clear()
-        return [lease for lease in lost if lease is not None]
+        lost = self._write(lambda c: _cohort.finish(c, self.study_id, endings), patience)
+        for ending in endings:
+            if ending.lease not in lost:
+                ending.changes.clear()
+        return lost
 
     def reap(self, dead: Sequence[tuple[str, int]] = (), *, overdue: bool = True) -> list[int]:
         """Queue the trials of ``dead`` workers again, and of leases that are overdue.
@@ -229,8 +214,7 @@ class Ledger(Reads):
         def action(connection: Connection) -> tuple[Order, bool]:
             _fleet.beat(connection, self.study_id, worker, state, self.lease_seconds)
             held = lease is None or _queue.renew(connection, lease, self.lease_seconds)
-            for other in others:
-                _queue.renew(connection, other, self.lease_seconds)
+            _cohort.renew(connection, others, self.lease_seconds)
             return _fleet.order(connection, self.study_id, self.limits), held
 
         told, held = self._write(action, self.lease_seconds)

@@ -55,13 +55,30 @@ def upsert(
     ``timed`` is a column that gets the time by the shared clock.
     """
     if rows:
-        statement = _upsert(connection.dialect.name, table, keys, tuple(rows[0]), timed)
+        dialect = connection.dialect.name
+        # psycopg sends row after row, unless there are answers: then SQLAlchemy makes them one.
+        together = len(rows) > 1 and dialect == "postgresql"
+        statement = _upsert(dialect, table, keys, tuple(rows[0]), timed, together)
         connection.execute(statement, rows)
+
+
+def chosen(
+    dialect: str, column: sa.ColumnElement[Any], name: str = "ids"
+) -> sa.ColumnElement[bool]:
+    """Whether the column is one of ``ids``: as a list, where that makes one statement of all."""
+    if dialect == "postgresql":
+        return column == sa.any_(sa.bindparam(name, type_=sa.ARRAY(sa.Integer)))
+    return column.in_(sa.bindparam(name, expanding=True))
 
 
 @cache
 def _upsert(
-    dialect: str, table: sa.Table, keys: tuple[str, ...], names: tuple[str, ...], timed: str | None
+    dialect: str,
+    table: sa.Table,
+    keys: tuple[str, ...],
+    names: tuple[str, ...],
+    timed: str | None,
+    answered: bool,
 ) -> Any:
     at = {} if timed is None else {timed: by_dialect(dialect)}
     others = [name for name in (*names, *at) if name not in keys]
@@ -76,7 +93,8 @@ def _upsert(
         from sqlalchemy.dialects.sqlite import insert  # type: ignore[assignment]
     statement = insert(table).values(at) if at else insert(table)
     new = {name: statement.excluded[name] for name in others}
-    return statement.on_conflict_do_update(index_elements=keys, set_=new)
+    done = statement.on_conflict_do_update(index_elements=keys, set_=new)
+    return done.returning(*(table.c[key] for key in keys)) if answered else done
 
 
 def write(connection: Connection, trial_id: int, changes: Changes) -> None:
@@ -167,15 +185,26 @@ def start(connection: Connection, trial_id: int, at: float) -> bool:
     return connection.execute(change, now).rowcount == 1
 
 
+def start_all(connection: Connection, trial_ids: Sequence[int], at: float) -> None:
+    """Set waiting trials running, as ``start`` does with one."""
+    change = _change(TrialState.WAITING, TrialState.RUNNING, connection.dialect.name)
+    connection.execute(change, {"ids": list(trial_ids), "of_moment": moment(at)})
+
+
 def put_back(connection: Connection, trial_id: int) -> None:
     """Set a running trial waiting."""
     connection.execute(_change(TrialState.RUNNING, TrialState.WAITING), {"of_trial": trial_id})
 
 
 @cache
-def _change(before: TrialState, after: TrialState) -> sa.Update:
-    """Give the trial ``of_trial`` another state if it has this one; note when it first ran."""
+def _change(before: TrialState, after: TrialState, many: str | None = None) -> sa.Update:
+    """Give the trial ``of_trial`` another state if it has this one; note when it first ran.
+
+    ``many`` is the dialect of a statement for the trials ``ids``.
+    """
     own = TRIALS.c.trial_id == sa.bindparam("of_trial", type_=sa.Integer)
+    if many is not None:
+        own = chosen(many, TRIALS.c.trial_id)
     values: dict[str, Any] = {"state": after}
     if after == TrialState.RUNNING:
         moment = sa.bindparam("of_moment", type_=sa.DateTime)
@@ -194,14 +223,29 @@ def end(
     done = {"of_trial": trial_id, "datetime_complete": moment(at)}
     if connection.execute(_change(TrialState.RUNNING, state), done).rowcount != 1:
         return False
+    write_values(connection, {trial_id: values})
+    return True
+
+
+def end_all(connection: Connection, trial_ids: Sequence[int], state: TrialState, at: float) -> None:
+    """Give running trials a final state, or set them waiting."""
+    given: dict[str, Any] = {"ids": list(trial_ids)}
+    if state in FINISHED:
+        given["datetime_complete"] = moment(at)
+    change = _change(TrialState.RUNNING, state, connection.dialect.name)
+    connection.execute(change, given)
+
+
+def write_values(connection: Connection, values: Mapping[int, Sequence[float] | None]) -> None:
+    """Write the values of trials, by their ids."""
     stored = models.TrialValueModel.value_to_stored_repr
     rows = []
-    for objective, value in enumerate(values or ()):
-        number, kind = stored(value)
-        row = {"trial_id": trial_id, "objective": objective, "value": number, "value_type": kind}
-        rows.append(row)
+    for trial_id, own in values.items():
+        for objective, value in enumerate(own or ()):
+            number, kind = stored(value)
+            row = {"trial_id": trial_id, "objective": objective}
+            rows.append({**row, "value": number, "value_type": kind})
     upsert(connection, VALUES, ("trial_id", "objective"), rows)
-    return True
 
 
 def moment(seconds: float) -> datetime:

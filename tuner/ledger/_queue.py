@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection, Row
 
 from tuner.ledger import _optuna, _statements
-from tuner.ledger._changes import Changes, Ending, Lease, LeaseLostError
+from tuner.ledger._changes import Changes, Lease, LeaseLostError
 from tuner.ledger._optuna import STEPS, TRIALS
 from tuner.ledger._reap import lose, spend
 from tuner.ledger._tables import attempts, controls, epochs
@@ -50,23 +50,6 @@ def claim(
         if taken is not None:
             return taken
     return None
-
-
-def claim_alike(
-    connection: Connection,
-    study_id: int,
-    worker: tuple[str, int],
-    rung: str,
-    most: int,
-    lease_seconds: float,
-    mark: int = 0,
-) -> list[Lease]:
-    """Give the worker up to ``most`` waiting trials of a rung; what it holds stays its own."""
-    where = {"of_study": study_id, "of_later_than": mark, "of_rung": json.dumps(rung)}
-    statement = _statements.alike(connection.dialect.name)
-    found = connection.execute(statement, where | {"of_most": most}).scalars().all()
-    taken = (_take(connection, study_id, i, worker, lease_seconds) for i in found)
-    return [lease for lease in taken if lease is not None]
 
 
 def _take(
@@ -144,7 +127,7 @@ def renew(connection: Connection, lease: Lease, lease_seconds: float) -> bool:
 
 def lost(lease: Lease) -> LeaseLostError:
     """What to raise when a lease is not held any more."""
-    return LeaseLostError(f"trial {lease.number} is not this worker's any more", lease=lease)
+    return LeaseLostError(f"trial {lease.number} is not this worker's any more")
 
 
 def _hold(connection: Connection, lease: Lease, change: sa.Update, values: dict[str, Any]) -> bool:
@@ -198,20 +181,6 @@ def finish(
     spend(connection, lease.study_id, seconds)
 
 
-def finish_all(connection: Connection, study_id: int, endings: Sequence[Ending]) -> None:
-    """End many attempts, as ``finish`` ends one.
-
-    Raises:
-        LeaseLostError: One of the leases is not held any more.
-    """
-    seconds = 0.0
-    for each in endings:
-        ended = {"end": each.end, "reason": each.reason, "detail": each.detail}
-        state, progress = TrialState[each.state], {"seconds": each.seconds}
-        seconds += _end(connection, each.lease, each.changes, state, each.values, ended, progress)
-    spend(connection, study_id, seconds)
-
-
 def _end(
     connection: Connection,
     lease: Lease,
@@ -226,8 +195,7 @@ def _end(
         _statements.attempt(connection.dialect.name), {"of_token": lease.token}
     )
     known = found.one()
-    if known.holds is None and known.end == ended["end"]:
-        # It was written, but the answer did not arrive.
+    if was_written(known, ended["end"]):
         return 0.0
     ended = {"holds": None, "ended_at": known.at, **ended}
     if changes.epochs:
@@ -244,6 +212,11 @@ def _end(
         if not _optuna.end(connection, lease.trial_id, state, values, known.at):
             raise lost(lease)
     return float(progress.get("seconds", known.seconds))
+
+
+def was_written(known: Row[Any], end: str) -> bool:
+    """Whether an attempt ended like this before, and only the answer did not arrive."""
+    return known.holds is None and bool(known.end == end)
 
 
 def _trim(connection: Connection, trial_id: int, last: int | None) -> None:

@@ -121,6 +121,10 @@ class Reads:
             return self.history.known[trial_id]
         return self._read(lambda c: _frozen.read(c, [trial_id])[0])
 
+    def by_ids(self, trial_ids: Sequence[int]) -> list[FrozenTrial]:
+        """Trials as they are in the database now, read together, by id."""
+        return self._read(lambda c: _frozen.read(c, trial_ids))
+
     def attempts(self, trial_id: int | None = None) -> list[dict[str, Any]]:
         """Attempts of a trial, or of all, oldest first, as columns."""
         own = attempts.c.study_id == self.study_id

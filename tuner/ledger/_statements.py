@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from tuner.ledger._clock import by_dialect
-from tuner.ledger._optuna import TRIALS, USER
+from tuner.ledger._optuna import TRIALS, USER, chosen
 from tuner.ledger._tables import attempts, controls, epochs, workers
 
 CANDIDATES = 64
@@ -24,6 +24,7 @@ _TRIAL: sa.BindParameter[int] = sa.bindparam("of_trial", type_=sa.Integer)
 _TOKEN: sa.BindParameter[int] = sa.bindparam("of_token", type_=sa.Integer)
 _WORKER: sa.BindParameter[str] = sa.bindparam("of_worker", type_=sa.String)
 _AFTER: sa.BindParameter[int] = sa.bindparam("of_later_than", type_=sa.Integer)
+_TIME: sa.BindParameter[float] = sa.bindparam("of_time", type_=sa.Double)
 
 
 @cache
@@ -84,6 +85,50 @@ def alike(dialect: str) -> sa.Select[Any]:
 
 
 @cache
+def still_waiting(dialect: str) -> sa.Select[Any]:
+    """Those of the trials ``ids`` that wait, locked, by number."""
+    own = chosen(dialect, TRIALS.c.trial_id), TRIALS.c.state == TrialState.WAITING
+    return sa.select(TRIALS.c.trial_id).where(*own).order_by(TRIALS.c.number).with_for_update()
+
+
+@cache
+def beginning(dialect: str) -> sa.Select[Any]:
+    """The time, and when a study started."""
+    started = sa.select(controls.c.started_at).where(controls.c.study_id == _STUDY)
+    now = by_dialect(dialect).label("at")
+    return sa.select(now, started.scalar_subquery().label("started_at"))
+
+
+@cache
+def attempting(dialect: str) -> sa.Insert:
+    """Insert an attempt at each of the trials ``ids``."""
+    earlier = attempts.alias("earlier")
+    tried = sa.select(sa.func.count()).where(earlier.c.trial_id == TRIALS.c.trial_id)
+    values = {
+        "study_id": TRIALS.c.study_id,
+        "trial_id": TRIALS.c.trial_id,
+        "holds": TRIALS.c.trial_id,
+        "attempt": tried.scalar_subquery() + 1,
+        "worker_id": _WORKER,
+        "generation": sa.bindparam("of_generation", type_=sa.Integer),
+        "claimed_at": _TIME,
+        "heartbeat_at": _TIME,
+        "lease_until": sa.bindparam("of_lease_until", type_=sa.Double),
+    }
+    tickets = sa.select(*values.values()).where(chosen(dialect, TRIALS.c.trial_id))
+    return sa.insert(attempts).from_select(list(values), tickets.order_by(TRIALS.c.number))
+
+
+@cache
+def leases(dialect: str) -> sa.Select[Any]:
+    """The leases on the trials ``ids``, by number."""
+    names = ("token", "study_id", "trial_id", "attempt", "worker_id", "generation")
+    held = sa.select(*(attempts.c[name] for name in names), TRIALS.c.number)
+    both = held.join_from(attempts, TRIALS, attempts.c.holds == TRIALS.c.trial_id)
+    return both.where(chosen(dialect, attempts.c.holds)).order_by(TRIALS.c.number)
+
+
+@cache
 def ticket(dialect: str) -> sa.Select[Any]:
     """Number of a trial, how often it was tried, the time, and when its study started."""
     earlier = sa.select(sa.func.count()).where(attempts.c.trial_id == _TRIAL)
@@ -111,6 +156,26 @@ def attempt(dialect: str) -> sa.Select[Any]:
 
 
 @cache
+def ending(dialect: str) -> sa.Select[Any]:
+    """The attempts ``ids`` and the states of their trials, locked in their order; the time."""
+    now = by_dialect(dialect).label("at")
+    rows = sa.select(attempts, TRIALS.c.state, now)
+    both = rows.join_from(attempts, TRIALS, attempts.c.trial_id == TRIALS.c.trial_id)
+    own = both.where(chosen(dialect, attempts.c.token))
+    return own.order_by(attempts.c.token).with_for_update()
+
+
+@cache
+def trimming(dialect: str, table: sa.Table, step: str) -> sa.Delete:
+    """Delete steps of the trials ``ids`` beyond the last epochs of their attempts ``tokens``."""
+    last = sa.select(attempts.c.epoch).where(
+        chosen(dialect, attempts.c.token, "tokens"), attempts.c.trial_id == table.c.trial_id
+    )
+    own = chosen(dialect, table.c.trial_id)
+    return sa.delete(table).where(own, table.c[step] > last.scalar_subquery())
+
+
+@cache
 def holding() -> sa.Update:
     """Change an attempt, if it still holds its trial.
 
@@ -132,6 +197,14 @@ def renewing(dialect: str, reported: int) -> sa.Update:
         known = renewed.get("new_epochs", attempts.c.new_epochs)
         renewed["new_epochs"] = known + sa.case((is_new, 1), else_=0)
     return holding().values(renewed)
+
+
+@cache
+def renewing_all(dialect: str) -> sa.Update:
+    """Renew the leases of the attempts ``ids`` by ``of_seconds``."""
+    now, seconds = by_dialect(dialect), sa.bindparam("of_seconds", type_=sa.Double)
+    renewed = {"heartbeat_at": now, "lease_until": now + seconds}
+    return sa.update(attempts).where(chosen(dialect, attempts.c.token)).values(renewed)
 
 
 @cache

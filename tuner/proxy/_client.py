@@ -253,6 +253,10 @@ class RemoteLedger(Ledger):
         trial: FrozenTrial = self._call("trial", trial_id)
         return trial
 
+    def by_ids(self, trial_ids: Sequence[int]) -> list[FrozenTrial]:
+        """See ``Ledger``."""
+        return list(self._call("by_ids", list(trial_ids)))
+
     def attempts(self, trial_id: int | None = None) -> list[dict[str, Any]]:
         """See ``Ledger``."""
         return list(self._call("attempts", trial_id))

@@ -22,7 +22,7 @@ from tuner.ledger import (
     WorkerAliveError,
 )
 
-PROTOCOL = 3
+PROTOCOL = 4
 CALL = "/tuner.Ledger/Call"
 KIND = "$tuner"
 PAGE = 200
@@ -42,7 +42,7 @@ METHODS = (
         "beat",
     ),
     *("leave", "workers", "alive", "running", "order", "standing", "give_order"),
-    *("trial", "unfinished", "ended_after", "attempts", "epochs"),
+    *("trial", "by_ids", "unfinished", "ended_after", "attempts", "epochs"),
 )
 """What may be called through the proxy; nothing else is."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -29,13 +30,16 @@ class Attempt:
     now; nothing is written then.
     """
 
-    def __init__(self, session: Session, lease: Lease, pulse: Pulse) -> None:
+    def __init__(
+        self, session: Session, lease: Lease, pulse: Pulse, *, taken: bool = False
+    ) -> None:
         self.session, self.lease, self.pulse = session, lease, pulse
         self.seconds = 0.0
         self.speed: float | None = None
         self.columns: dict[str, Any] = {}
         self.remarks: list[str] = []
-        session.fenced.take(lease)
+        if not taken:
+            session.fenced.take(lease)
 
     @cached_property
     def trial(self) -> Trial:
@@ -152,3 +156,9 @@ class Attempt:
 
     def _progress(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "speed": self.speed, **self.columns}
+
+
+def attempts_at(session: Session, leases: Sequence[Lease], pulse: Pulse) -> list[Attempt]:
+    """Attempts at the trials of leases, which are read together."""
+    session.fenced.take(*leases)
+    return [Attempt(session, lease, pulse, taken=True) for lease in leases]

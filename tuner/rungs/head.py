@@ -22,7 +22,7 @@ from tuner.ledger import LeaseLostError
 from tuner.metrics import METRICS
 from tuner.proposals import forget
 from tuner.recipe import Recipe
-from tuner.rungs.attempt import LEAVING_SECONDS, Attempt
+from tuner.rungs.attempt import LEAVING_SECONDS, Attempt, attempts_at
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.recipes import kept_trials, resolve
@@ -50,7 +50,7 @@ def run_cohort(
         return _interrupted(attempt)
     session, pulse = slot.session, slot.pulse
     leases = session.ledger.claim_alike(pulse.worker, "head", _share(slot) - 1)
-    others = [Attempt(session, lease, pulse) for lease in leases]
+    others = attempts_at(session, leases, pulse)
     pulse.hold(*leases)
     try:
         first, *rest = _Cohort(slot, [attempt, *others], found).run(stop)
