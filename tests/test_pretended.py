@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 QUICK = (
     "pretended/rules.py",
     "test_images.py",
+    "test_residence.py",
     "test_augment.py",
     "test_losses.py",
     "test_steps.py::test_step_of_every_kind_is_captured",
