@@ -50,7 +50,7 @@ class ResidentImages:
     @property
     def pixels(self) -> Tensor:
         """All of them as one tensor (N, c, H, W), a copy where there are ``rows``."""
-        return self.tensor if self.rows is None else self.tensor[self.rows]
+        return self.tensor if self.rows is None else self.tensor.index_select(0, self.rows)
 
     def at(self, indices: Tensor) -> Tensor:
         """Those at ``indices`` (n,), which are on the device of the images: (n, c, H, W)."""
@@ -135,7 +135,7 @@ class MappedImages:
         yield from copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
 
     def _gathered(self, indices: Tensor) -> Tensor:
-        return self.tensor[self.rows[indices.cpu()]]
+        return self.tensor.index_select(0, self.rows[indices.cpu()])
 
     def to(self, device: torch.device | str) -> MappedImages:
         """The same images, with batches delivered on ``device``."""
