@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from tuner.datasets import MappedImages, ResidentImages, StreamedImages, _images
+from tuner.datasets import MappedImages, ResidentImages, StreamedImages, _ahead, _images, _padded
 from tuner.datasets._decode import _by_pillow, decode, decoded
-from tuner.datasets._images import channel_statistics
+from tuner.datasets._images import channel_statistics, joined
 from tuner.errors import DataError
 
 
@@ -154,11 +157,11 @@ def test_a_truncated_jpeg_is_broken(tmp_path: Path) -> None:
         decode(str(path), 8, 3)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_streamed_and_resident_images_give_the_same_batches(files: list[str], workers: int) -> None:
     resident = ResidentImages(torch.from_numpy(decoded(files, 8, 3)))
     streamed = StreamedImages(tuple(files), 8, 3)
-    order = [torch.tensor([3, 0, 3]), torch.tensor([8])]
+    order = [torch.tensor([3, 0, 3]), torch.tensor([8]), torch.tensor([1, 8])]
     assert (len(streamed), streamed.shape) == (len(resident), resident.shape) == (9, (3, 8, 8))
     pairs = zip(streamed.batches(order, workers=workers), resident.batches(order), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -199,6 +202,61 @@ def test_images_in_a_row_are_selected_without_a_copy() -> None:
     assert part.tensor.data_ptr() == images.tensor[2].data_ptr()
 
 
+def test_many_images_are_chosen_from_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ResidentImages(torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8))
+    chosen, again = torch.tensor([5, 0, 3, 2]), torch.tensor([3, 1])
+    few = images.select(chosen)
+    monkeypatch.setattr(_images, "COPIED_BYTES", 0)
+    many = images.select(chosen)
+    assert many.tensor.data_ptr() == images.tensor.data_ptr()
+    assert (len(many), many.shape) == (len(few), few.shape)
+    for part, same in ((many, few), (many.select(again), few.select(again))):
+        assert torch.equal(part.pixels, same.pixels)
+        order = [torch.tensor([1, 0, 1])]
+        assert torch.equal(*(next(iter(each.batches(order))) for each in (part, same)))
+    assert many.crops(1) is None
+
+
+def test_parts_that_lie_side_by_side_are_joined_without_a_copy() -> None:
+    images = ResidentImages(torch.randint(0, 256, (6, 1, 2, 2), dtype=torch.uint8))
+    first, second, third = (images.select(torch.arange(i, i + 2)) for i in (0, 2, 4))
+    both = joined(first, second)
+    assert isinstance(both, ResidentImages)
+    assert both.tensor.data_ptr() == images.tensor.data_ptr()
+    assert torch.equal(both.tensor, images.tensor[:4])
+    for others in ((first, third), (second, first), (first, ResidentImages(third.tensor.clone()))):
+        apart = joined(*others)
+        assert isinstance(apart, ResidentImages)
+        assert torch.equal(apart.tensor, torch.cat([each.tensor for each in others]))
+
+
+def test_few_padded_copies_are_kept_and_those_in_use_are_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = ResidentImages(torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8))
+    monkeypatch.setattr(_padded, "PADDED_BYTES", 5 * 6 * 6 + 5 * 8 * 8)
+    made: list[int] = []
+
+    def counted(pixels: Tensor, margins: list[int]) -> Tensor:
+        made.append(margins[0])
+        return torch.nn.functional.pad(pixels, margins)
+
+    monkeypatch.setattr(_padded, "pad", counted)
+    used = images.crops(1)
+    for margin in (2, 1, 3, 3, 1):
+        crops = images.crops(margin)
+        assert crops is not None
+        assert torch.equal(crops[:, :, margin, margin], images.tensor)
+    assert made == [1, 2, 3], "the first is shared, though there was no room to keep it"
+    assert images.crops(1) is used
+    del used, crops
+    images.crops(3)
+    images.crops(1)
+    images.crops(2)
+    assert made == [1, 2, 3, 3, 1, 2]
+    assert sum(images.padded.kept) == 3
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_streamed_image_is_named_in_one_line(files: list[str], workers: int) -> None:
     Path(files[4]).write_bytes(b"broken")
@@ -206,6 +264,24 @@ def test_a_broken_streamed_image_is_named_in_one_line(files: list[str], workers:
     with pytest.raises(DataError, match=r"4\.png") as error:
         next(batches)
     assert "\n" not in str(error.value)
+
+
+def test_no_more_processes_decode_than_there_are_batches_or_shared_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = list(torch.split(torch.arange(30), 4))
+
+    def with_room(images: int) -> int:
+        usage = SimpleNamespace(free=images * 10)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+        return _ahead.loaders(16, batches, 10)
+
+    monkeypatch.setattr(_ahead, "SHARED", tmp_path)
+    assert [with_room(images) for images in (10**6, 48, 47, 0)] == [8, 3, 2, 1]
+    assert _ahead.loaders(0, batches, 10) == 0
+    monkeypatch.setattr(_ahead, "SHARED", tmp_path / "none")
+    assert _ahead.loaders(16, batches, 10) == 8
+    assert _ahead.loaders(16, [], 10) == 1
 
 
 def test_streaming_leaves_the_global_generator_alone(files: list[str]) -> None:

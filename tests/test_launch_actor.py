@@ -12,6 +12,8 @@ import sqlalchemy as sa
 from tuner.errors import StorageError
 from tuner.launch import Place, _actor
 from tuner.launch._actor import TRIES, Worker
+from tuner.launch._cluster import Crew
+from tuner.slots import own_cores, slots_on_device
 from tuner.stores import StoreError
 
 PLACE = Place("tiny", {"TUNER_STORAGE": "postgresql://someone@127.0.0.1:1/tuner"})
@@ -32,7 +34,8 @@ class Storage:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     """A worker that hardly pauses between its tries."""
-    monkeypatch.setenv("TUNER_STORAGE", "")
+    for name in ("TUNER_STORAGE", "TUNER_CORES", "TUNER_SLOTS_ON_DEVICE"):
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(_actor, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(_actor, "LONGEST_PAUSE", 0.001)
     monkeypatch.setattr(_actor, "TICK", 0.001)
@@ -100,3 +103,13 @@ def test_real_server_that_is_down_counts_as_away(
     assert worker.run(PLACE, "cpu", 1) is None
     assert len(rests) == TRIES + 1
     assert "cannot open the storage postgresql://someone@127.0.0.1:1" in caplog.text
+
+
+def test_worker_keeps_to_the_cores_and_the_share_of_a_gpu_that_ray_gave_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_work", lambda *_: None)
+    assert worker.run(PLACE, "cpu", 3, 2) is None
+    assert (own_cores(), slots_on_device()) == (3, 2)
+    shares = [Crew("crew", 4, gpus=gpus).on_device for gpus in (0.0, 1.0, 0.5, 0.25)]
+    assert shares == [1, 1, 2, 4]

@@ -18,10 +18,12 @@ TESTS = Path(__file__).parent
 QUICK = (
     "pretended/rules.py",
     "test_images.py",
+    "test_residence.py",
     "test_augment.py",
     "test_losses.py",
     "test_steps.py::test_step_of_every_kind_is_captured",
     "test_steps.py::test_chunk_of_steps_makes_nobody_wait",
+    "test_steps.py::test_plain_step_makes_nobody_wait",
     "test_stacks_grouped.py::test_chunk_of_a_group_makes_nobody_wait",
     "test_head_rung.py",
     "test_trainer_interruption.py::"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MakeFile, MakeSession
 
+from tuner.backends import Speed
 from tuner.cli import work
 from tuner.datasets import Data
 from tuner.errors import TunerError
@@ -69,6 +70,24 @@ def test_a_slot_needs_the_highest_peak_and_what_lies_beside_it(
     gauge = FakeGauge()
     assert measure(file.space, digits, "cpu", gauge) == Need(3 * GIB, 80 * GIB)
     assert gauge.resets == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"), [(GIB // 2, (0.5 + 4 * 0.5) + 1), (10 * GIB, 40)], ids=["few", "many"]
+)
+def test_images_are_counted_once_for_all_lanes_and_many_are_a_quarter_of_what_is_needed(
+    images: int,
+    expected: float,
+    make_file: MakeFile,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    space: dict[str, Any] = {"loss": {"cross_entropy": {}}}
+    file = make_file(budget={"trials": 2, "epochs": 1}, space=space)
+    monkeypatch.setattr(Data, "resident_bytes", images)
+    beside = Speed("float32", "channels_last", 1.0, "graph", 4)
+    monkeypatch.setattr("tuner.probe.chosen", lambda *_: beside)
+    assert measure(file.space, digits, "cpu", FakeGauge()) == Need(int(expected * GIB), 80 * GIB)
 
 
 def test_recipe_that_does_not_fit_gets_the_device_for_itself(

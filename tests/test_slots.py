@@ -12,7 +12,9 @@ from tuner.slots import (
     SlotPlan,
     chosen_gpus,
     cpu_quota,
+    own_cores,
     plan_slots,
+    slots_on_device,
     slots_that_fit,
     usable_cores,
     visible_gpus,
@@ -99,6 +101,36 @@ def test_choices_that_cannot_be_are_refused(options: dict[str, Any], message: st
 def test_every_slot_has_its_thread_budget_in_its_environment() -> None:
     (plan,) = plan_slots(cores=6, slots=1)
     assert plan.environment.items() >= {"OMP_NUM_THREADS": "6", "MKL_NUM_THREADS": "6"}.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cores": 16}, [("1", "16")] * 16),
+        ({"cores": 16, "slots": 3}, [("5", "3")] * 3),
+        ({"cores": 2, "slots": 3}, [("1", "3")] * 3),
+        ({"cores": 16, "visible": ["0"]}, [("16", "1")]),
+        (
+            {"cores": 16, "visible": ["0", "1"], "slots_per_gpu": lambda names: [1, 3]},
+            [("4", "1"), *[("4", "3")] * 3],
+        ),
+    ],
+)
+def test_every_slot_is_told_its_share_of_the_cores_and_who_shares_its_device(
+    options: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    told = [plan.environment for plan in plan_slots(**options)]
+    assert [(each["TUNER_CORES"], each["TUNER_SLOTS_ON_DEVICE"]) for each in told] == expected
+
+
+def test_process_that_was_told_no_share_has_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "0", "many"):
+        monkeypatch.setenv("TUNER_CORES", value)
+        monkeypatch.setenv("TUNER_SLOTS_ON_DEVICE", value)
+        assert (own_cores(), slots_on_device()) == (usable_cores(), 1)
+    monkeypatch.setenv("TUNER_CORES", "3")
+    monkeypatch.setenv("TUNER_SLOTS_ON_DEVICE", "2")
+    assert (own_cores(), slots_on_device()) == (3, 2)
 
 
 @pytest.mark.parametrize(

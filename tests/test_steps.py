@@ -6,6 +6,7 @@ A processor that records and replays shows it without a GPU; the tests after tho
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from trainer_cases import VARIED, Trained, recipe, trained
 
 from tuner.backends import chosen
-from tuner.datasets import Data
+from tuner.datasets import Data, MappedImages, Part, ResidentImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
 from tuner.losses import CrossEntropyLoss
@@ -317,6 +318,52 @@ def test_chunk_of_steps_makes_nobody_wait(on_device: Data) -> None:
         list(steps.run(batches, 0, None))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "crops": {"augment": {"name": "standard", "crop_padding": 1, "cutout": 2}},
+    "images": {"augment": {"name": "none"}},
+    "mixed images": {"augment": {**MIXING, "remix": True}},
+    "adamw and losses that are noted": {
+        "optimizer": {"name": "adamw"},
+        "sampler": {"name": "curriculum"},
+    },
+    "batch norm": {
+        "model": {"name": "resnet20"},
+        "loss": {"name": "asymmetric"},
+        "training": {"batch_size": 64, "precision": "bfloat16"},
+    },
+}
+
+
+def in_batches(data: Data) -> Data:
+    """The same images, as if they were too many for the device."""
+    images = data.train.images
+    assert isinstance(images, ResidentImages)
+    mapped = MappedImages(images.tensor, torch.arange(len(images))).to("cuda")
+    return replace(data.to("cuda"), train=Part(mapped, data.train.targets.to("cuda")))
+
+
+@on_gpu
+@pytest.mark.parametrize("way", ["resident", "in batches", "in small pieces"])
+@pytest.mark.parametrize("parts", PLAIN.values(), ids=PLAIN.keys())
+def test_plain_step_makes_nobody_wait(
+    parts: dict[str, Any], way: str, on_device: Data, digits: Data
+) -> None:
+    data = in_batches(digits) if way == "in batches" else on_device
+    micro_batch = 24 if way == "in small pieces" else None
+    lane = Lane(recipe(**parts), data, "cuda", micro_batch=micro_batch)
+    lane.begin_epoch()
+    batches = lane.plan()
+    steps = PlainSteps(lane).run(batches, 0, None)
+    # The first step makes what the optimizer keeps.
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert [next(steps) for _ in batches[1:]] == list(range(2, len(batches) + 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steps.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
@@ -20,11 +19,11 @@ from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
 from tuner.optim import for_device
+from tuner.placing import placed
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import derive_seed, generator, seeded
+from tuner.slots import own_cores
 from tuner.training import batches_of, for_each_stage
-
-MAX_LOADERS = 4
 
 
 class Lane:
@@ -69,7 +68,7 @@ class Lane:
             std=data.std,
             class_counts=data.class_counts,
             groups=data.groups,
-        )
+        ).to(self.device)
         self.crops = self._crops()
         self.train_targets = data.train.targets.to(self.device)
         self.optimizer = self.build_optimizer()
@@ -173,12 +172,12 @@ class Lane:
 
     def _load(self, images: Images, batches: Sequence[Tensor]) -> Generator[Tensor, None, None]:
         """Images of every batch; files are decoded ahead by processes of their own."""
-        workers = min(MAX_LOADERS, os.cpu_count() or 1)
-        yield from images.batches(batches, workers=workers, pin=self.device.type == "cuda")
+        yield from images.batches(batches, workers=own_cores(), pin=self.device.type == "cuda")
 
     def step(self, indices: Tensor, images: Tensor | None, *, share: float) -> Tensor:
         """One optimizer step at ``share`` of the epoch; the batch's loss, detached."""
-        targets = self.train_targets[indices.to(self.device)]
+        there = placed(indices, self.device)
+        targets = self.train_targets[there]
         for group, rate in zip(self.optimizer.param_groups, self.rates(share), strict=True):
             group["lr"] = rate
         if images is not None:
@@ -187,7 +186,7 @@ class Lane:
         else:
             size = self.data.image_shape[1:]
             drawn = self.augment.draw(len(indices), size, self.generator, self.progress)
-            inputs, soft = self.inputs(indices, targets, on_device(drawn, self.device))
+            inputs, soft = self.inputs(there, targets, on_device(drawn, self.device))
         loss, losses = self.learn(inputs, soft, targets)
         if losses is not None:
             self.noted.append((indices, losses))
@@ -198,8 +197,8 @@ class Lane:
         crops = self.crops
         if crops is not None:
             return self.augment.transform_crops(crops, indices, targets, drawn)  # type: ignore[no-any-return]
-        images: Tensor = self.data.train.images.tensor  # type: ignore[union-attr]
-        return self.augment.transform(images.index_select(0, indices), targets, drawn)  # type: ignore[no-any-return]
+        images: Tensor = self.data.train.images.at(indices)  # type: ignore[union-attr]
+        return self.augment.transform(images, targets, drawn)  # type: ignore[no-any-return]
 
     def learn(self, inputs: Tensor, soft: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """One optimizer step from augmented images; nothing is drawn but by the model.

@@ -9,10 +9,14 @@ CPU = torch.device("cpu")
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``; a GPU is not waited for."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    """A tensor on ``device``; a GPU is not waited for.
+
+    The page-locked memory that it is copied from is torch's, which keeps it until that is done.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    own = tensor.pin_memory() if tensor.device == CPU else tensor
+    return own.to(device, non_blocking=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

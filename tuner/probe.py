@@ -11,7 +11,7 @@ from optuna.trial import FixedTrial
 
 from tuner.backends import chosen
 from tuner.chunks import EVALUATION_BATCH
-from tuner.datasets import Data
+from tuner.datasets import Data, with_images
 from tuner.entries import Choice, Entry, Fixed, Range
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -70,6 +70,8 @@ class Need:
 def measure(space: Space, data: Data, device: str, gauge: Gauge | None = None) -> Need:
     """Train a few steps of the largest recipes of a space; the memory that a slot needs.
 
+    Where there is room for the images of one slot, those of so many others find theirs.
+
     On a device that others use too it is an upper bound: what they take counts as needed.
     One that is too small for a recipe counts as taken up by it.
 
@@ -80,6 +82,7 @@ def measure(space: Space, data: Data, device: str, gauge: Gauge | None = None) -
         gauge: Reads the memory; by default that of a CUDA device.
     """
     gauge = gauge or CudaGauge(device)
+    images = data.resident_bytes
     peak = 0
     for recipe in largest(space):
         gauge.reset()
@@ -90,10 +93,11 @@ def measure(space: Space, data: Data, device: str, gauge: Gauge | None = None) -
                 raise
             total, _ = gauge.total_and_beside()
             return Need(total, total)
-        # Each of the trials that a slot trains side by side takes as much.
-        peak = max(peak, gauge.peak() * chosen(recipe, data, device).lanes)
+        # Each of the trials that a slot trains side by side takes as much, beside the images.
+        taken = max(0, gauge.peak() - images)
+        peak = max(peak, images + taken * chosen(recipe, data, device).lanes)
     total, beside = gauge.total_and_beside()
-    return Need(peak + beside, total)
+    return Need(max(peak + beside, with_images(images)), total)
 
 
 def _train(recipe: Recipe, data: Data, device: str) -> None:

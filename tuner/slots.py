@@ -17,6 +17,7 @@ KEPT_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 Evaluation in float32 with maps above 32 MB took up to twice as long without it; glibc only.
 """
 CGROUP = Path("/sys/fs/cgroup")
+CORES, BESIDE = "TUNER_CORES", "TUNER_SLOTS_ON_DEVICE"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def plan_slots(
     if kind != "cuda":
         _only_for_gpus(device, gpus, slots_per_gpu)
         count = slots or (cores if kind == "cpu" else 1)
-        return _side_by_side(device, count, threads or max(1, cores // count))
+        return _side_by_side(device, count, cores, threads)
     if slots is not None:
         raise TunerError("--slots is for the processor; on GPUs it is --slots-per-gpu")
     if index and gpus is not None:
@@ -72,24 +73,33 @@ def plan_slots(
     names = chosen_gpus(gpus or index or "all", visible)
     counts = slots_per_gpu(names) if slots_per_gpu else [1] * len(names)
     # The processor only feeds a GPU; threads that wait for each other would slow it down.
-    return _on_gpus(names, counts, threads or 1)
+    return _on_gpus(names, counts, cores, threads or 1)
 
 
-def _side_by_side(device: str, count: int, threads: int) -> list[SlotPlan]:
+def _side_by_side(device: str, count: int, cores: int, threads: int | None) -> list[SlotPlan]:
     """Slots that share the processor, or another device that is no GPU of CUDA's."""
+    share = max(1, cores // count)
     kept = KEPT_MEMORY if device.partition(":")[0] == "cpu" else {}
-    environment = {**_budget(threads), **kept}
-    return [SlotPlan(str(i), device, threads, environment) for i in range(count)]
+    environment = {**_budget(threads or share), **kept, **share_of(share, count)}
+    return [SlotPlan(str(i), device, threads or share, environment) for i in range(count)]
 
 
-def _on_gpus(names: Sequence[str], counts: Sequence[int], threads: int) -> list[SlotPlan]:
+def _on_gpus(
+    names: Sequence[str], counts: Sequence[int], cores: int, threads: int
+) -> list[SlotPlan]:
     """As many slots as ``counts`` say on each GPU, the GPUs' first ones first."""
     rounds = range(max(counts))
     shares = [n for turn in rounds for n, many in zip(names, counts, strict=True) if turn < many]
-    return [
-        SlotPlan(str(i), "cuda", threads, {**_budget(threads), "CUDA_VISIBLE_DEVICES": name})
-        for i, name in enumerate(shares)
+    own = max(1, cores // len(shares))
+    environments = [
+        {
+            **_budget(threads),
+            **share_of(own, shares.count(name)),
+            "CUDA_VISIBLE_DEVICES": name,
+        }
+        for name in shares
     ]
+    return [SlotPlan(str(i), "cuda", threads, each) for i, each in enumerate(environments)]
 
 
 def _only_for_gpus(device: str, gpus: str | None, slots_per_gpu: object) -> None:
@@ -154,6 +164,26 @@ def usable_cores() -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = cpu_quota(_control_groups())
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def share_of(cores: int, slots: int) -> dict[str, str]:
+    """What tells a process its share: that many cores, and a device with so many slots."""
+    return {CORES: str(cores), BESIDE: str(slots)}
+
+
+def own_cores() -> int:
+    """Cores that this process may keep busy: its slot's share, else all that it may use."""
+    return _told(CORES) or usable_cores()
+
+
+def slots_on_device() -> int:
+    """How many slots share the device of this process, itself one of them."""
+    return _told(BESIDE) or 1
+
+
+def _told(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def cpu_quota(folders: Iterable[Path]) -> float | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.imbalance import Groups
+from tuner.placing import placed
 from tuner.registry import Registry, component
 
 ImageShape = tuple[int, int, int]
@@ -18,7 +19,7 @@ Drawn = Mapping[str, Tensor]
 
 def on_device(drawn: Drawn, device: torch.device) -> Drawn:
     """The drawn tensors on ``device``; they are on their way there, nobody waits."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in drawn.items()}
+    return {name: placed(tensor, device) for name, tensor in drawn.items()}
 
 
 class Augmenter(nn.Module):

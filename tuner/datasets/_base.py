@@ -13,12 +13,10 @@ from torch import Tensor
 from tuner.datasets._assemble import Rules, assemble
 from tuner.datasets._data import Data
 from tuner.datasets._profiles import ProfileField, carved_counts
+from tuner.datasets._residence import RESIDENT_LIMIT
 from tuner.datasets._sources import Sources
 from tuner.imbalance import TailRule
 from tuner.registry import Registry, component
-
-RESIDENT_LIMIT = 2 * 1024**3
-"""Decoded bytes up to which image files are held in memory."""
 
 
 @component
@@ -54,7 +52,8 @@ class Dataset(ABC):
 
         Args:
             root: Folder against which a relative root of the data set is resolved.
-            resident_limit: Decoded bytes above which image files are streamed from disk.
+            resident_limit: Decoded bytes above which image files are mapped or streamed from disk;
+                ``Data.to`` may still lay them on a GPU.
 
         Raises:
             DataError: Data are missing or broken, or the profile does not fit them.

@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tuner.datasets._images import Images, Shape
+from tuner.datasets._images import Images, ResidentImages, Shape
+from tuner.datasets._residence import brought, bytes_of
 from tuner.imbalance import Groups
 
 Identity = tuple[str, bytes]
@@ -81,13 +82,27 @@ class Data:
         """Channels, height and width of one image."""
         return self.train.images.shape
 
+    @property
+    def resident_bytes(self) -> int:
+        """What images for training and validation take that lie in memory, or on the device."""
+        images = (self.train.images, self.validation.images)
+        return bytes_of([each for each in images if isinstance(each, ResidentImages)])
+
     def to(self, device: torch.device | str) -> Data:
-        """The same data with every part on ``device``; the test part follows when asked for."""
-        load = self.load_test
+        """The same data with every part on ``device``; the test part follows when asked for.
+
+        Images that are too many for the device stay where they are, and batches are delivered
+        there; those of the test part stay where they are too many for the processor.
+        """
+        load, parts = self.load_test, (self.train, self.validation)
+        images = brought([part.images for part in parts], torch.device(device))
+        train, validation = (
+            Part(own, part.targets.to(device)) for own, part in zip(images, parts, strict=True)
+        )
         return replace(
             self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
+            train=train,
+            validation=validation,
             load_test=None if load is None else lambda: load().to(device),
         )
 

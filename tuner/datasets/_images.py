@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
+from tuner.datasets._ahead import AHEAD, copied_ahead, loaders, made_ahead
 from tuner.datasets._decode import BrokenImageError, broken_images, decode
+from tuner.datasets._padded import PADDED_BYTES, Crops, padded_bytes
 from tuner.errors import DataError
+from tuner.placing import placed
 from tuner.seeding import generator
 
 Shape = tuple[int, int, int]
-PADDED_BYTES = 2**28
-"""Room for CIFAR-10; every process of a machine keeps its own."""
+COPIED_BYTES = PADDED_BYTES
+"""More are not copied to be chosen from: they are too many for padded copies anyway."""
 COUNTED_BYTES = 2**28
 """All pixels of CIFAR-10 are counted in 0.2 s; 10,000 images of 160x160 would take 8 s."""
 
 
 @dataclass(frozen=True, eq=False)
 class ResidentImages:
-    """All images in one uint8 tensor (N, c, H, W): never write to it.
+    """Images of one uint8 tensor (M, c, H, W): never write to it.
 
-    It may be mapped from disk; then the processes of a machine share the memory it takes.
+    They are all of it, or those at ``rows`` (N,). It may be mapped from disk; then the processes of
+    a machine share the memory it takes.
     """
 
     tensor: Tensor
-    padded: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    rows: Tensor | None = None
+    padded: Crops = field(default_factory=Crops, repr=False)
 
     def __len__(self) -> int:
-        return len(self.tensor)
+        return len(self.tensor if self.rows is None else self.rows)
 
     @property
     def shape(self) -> Shape:
@@ -43,43 +47,58 @@ class ResidentImages:
         channels, height, width = self.tensor.shape[1:]
         return channels, height, width
 
+    @property
+    def pixels(self) -> Tensor:
+        """All of them as one tensor (N, c, H, W), a copy where there are ``rows``."""
+        return self.tensor if self.rows is None else self.tensor.index_select(0, self.rows)
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Those at ``indices`` (n,), which are on the device of the images: (n, c, H, W)."""
+        if self.rows is not None:
+            indices = self.rows.index_select(0, indices)
+        return self.tensor.index_select(0, indices)
+
     def select(self, indices: Tensor) -> ResidentImages:
-        """The images at ``indices`` (n,), in that order; those in a row are not copied."""
-        if _in_a_row(indices):
+        """The images at ``indices`` (n,), in that order; only few are copied.
+
+        Those in a row are a view.
+        """
+        if self.rows is None and _in_a_row(indices):
             return ResidentImages(self.tensor[int(indices[0]) : int(indices[-1]) + 1])
-        return ResidentImages(self.tensor[indices.to(self.tensor.device)])
+        indices = indices.to(self.tensor.device)
+        if len(indices) * prod(self.shape) <= COPIED_BYTES:
+            return ResidentImages(self.at(indices))
+        return ResidentImages(self.tensor, indices if self.rows is None else self.rows[indices])
 
     def crops(self, margin: int) -> Tensor | None:
         """View (N, c, 2·margin + 1, 2·margin + 1, H, W) of every crop with black around the images.
 
         The padded images are kept for who asks next; None where they would take a lot of memory.
         """
-        _, channels, height, width = self.tensor.shape
-        size = channels * (height + 2 * margin) * (width + 2 * margin)
-        if len(self) * size > PADDED_BYTES:
+        if self.rows is not None or padded_bytes(self.tensor, margin) > PADDED_BYTES:
             return None
-        if margin not in self.padded:
-            self.padded[margin] = pad(self.tensor, [margin] * 4)
-        return self.padded[margin].unfold(2, height, 1).unfold(3, width, 1)
+        return self.padded.of(self.tensor, margin)
 
     def batches(
         self, index_batches: Sequence[Tensor], *, workers: int = 0, pin: bool = False
     ) -> Iterator[Tensor]:
         """Yield the images of each index tensor, uint8 (B, c, H, W), on their device.
 
-        ``workers`` and ``pin`` are for streamed images and change nothing here.
+        A GPU is not waited for. ``workers`` and ``pin`` are for streamed images and change nothing
+        here.
         """
         for indices in index_batches:
-            yield self.tensor[indices.to(self.tensor.device)]
+            yield self.at(placed(indices, self.tensor.device))
 
     def to(self, device: torch.device | str) -> ResidentImages:
         """The same images on ``device``."""
-        return ResidentImages(self.tensor.to(device))
+        rows = None if self.rows is None else self.rows.to(device)
+        return ResidentImages(self.tensor.to(device), rows)
 
 
 @dataclass(frozen=True, eq=False)
 class MappedImages:
-    """Images of a uint8 tensor mapped from disk (M, c, H, W), too many to lie on a GPU.
+    """Images of a uint8 tensor mapped from disk (M, c, H, W), too many to lie in memory.
 
     They are those at ``rows`` (N,) of the tensor, which stays where it is.
     """
@@ -108,9 +127,15 @@ class MappedImages:
 
         With ``pin`` a thread gathers ahead into page-locked memory. ``workers`` are not needed.
         """
-        each = (self.tensor[self.rows[indices.cpu()]] for indices in index_batches)
-        batches = _gathered_ahead(self, index_batches) if pin else each
-        yield from _copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
+        batches: Iterator[Tensor]
+        if pin:
+            batches = made_ahead(lambda i: self._gathered(i).pin_memory(), index_batches)
+        else:
+            batches = map(self._gathered, index_batches)
+        yield from copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _gathered(self, indices: Tensor) -> Tensor:
+        return self.tensor.index_select(0, self.rows[indices.cpu()])
 
     def to(self, device: torch.device | str) -> MappedImages:
         """The same images, with batches delivered on ``device``."""
@@ -143,24 +168,26 @@ class StreamedImages:
     ) -> Iterator[Tensor]:
         """Yield the images of each index tensor, uint8 (B, c, H, W), on ``device``.
 
-        With ``workers`` > 0 that many processes decode ahead; ``pin`` puts the batches in
+        With ``workers`` > 0 up to so many processes decode ahead; ``pin`` puts the batches in
         page-locked memory first, so that each is on its way to a GPU while the one before it
         is trained on.
 
         Raises:
             DataError: A file is missing or broken.
         """
+        workers = loaders(workers, index_batches, prod(self.shape))
         loader: DataLoader[Tensor | DataError] = DataLoader(
             _Files(self.paths, self.size, self.channels),
             batch_sampler=[indices.tolist() for indices in index_batches],
             num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
             collate_fn=_as_decoded,
             pin_memory=pin,
             # The loader would otherwise draw a seed for its workers from the global generator.
             generator=generator("streamed images"),
         )
         batches = map(_decoded, loader)
-        yield from _copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
+        yield from copied_ahead(batches, self.device) if self.device.type == "cuda" else batches
 
     def to(self, device: torch.device | str) -> StreamedImages:
         """The same images, with batches delivered on ``device``."""
@@ -171,14 +198,22 @@ Images = ResidentImages | MappedImages | StreamedImages
 
 
 def joined(first: Images, second: Images) -> Images:
-    """The images of two parts of one data set, one after the other."""
+    """The images of two parts of one data set, one after the other; no copy where they lie so."""
     if isinstance(first, ResidentImages) and isinstance(second, ResidentImages):
-        return ResidentImages(torch.cat([first.tensor, second.tensor]))
+        return ResidentImages(_one_after_the_other(first.pixels, second.pixels))
     if isinstance(first, MappedImages) and isinstance(second, MappedImages):
         return replace(first, rows=torch.cat([first.rows, second.rows]))
     assert isinstance(first, StreamedImages)
     assert isinstance(second, StreamedImages)
     return replace(first, paths=first.paths + second.paths)
+
+
+def _one_after_the_other(first: Tensor, second: Tensor) -> Tensor:
+    of_one = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if of_one and first.storage_offset() + first.numel() == second.storage_offset():
+        size = (len(first) + len(second), *first.shape[1:])
+        return first.as_strided(size, first.stride(), first.storage_offset())
+    return torch.cat([first, second])
 
 
 class _Files(Dataset[Tensor]):
@@ -213,45 +248,6 @@ def _decoded(batch: Tensor | DataError) -> Tensor:
 
 def _in_a_row(indices: Tensor) -> bool:
     return len(indices) > 0 and bool((indices.diff() == 1).all())
-
-
-def _gathered_ahead(images: MappedImages, index_batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Batches in page-locked memory; a thread makes the next while one is used."""
-
-    def gather(indices: Tensor) -> Tensor:
-        return images.tensor[images.rows[indices.cpu()]].pin_memory()
-
-    with ThreadPoolExecutor(1) as thread:
-        coming = [thread.submit(gather, indices) for indices in index_batches[:1]]
-        for indices in index_batches[1:]:
-            coming.append(thread.submit(gather, indices))
-            yield coming.pop(0).result()
-        for last in coming:
-            yield last.result()
-
-
-def _copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Batches on a GPU; each is copied on a stream of its own while the one before is used."""
-    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    coming: Tensor | None = None
-    for batch in batches:
-        ready = _arrived(coming, stream, device)
-        with torch.cuda.stream(stream):
-            coming = batch.to(device, non_blocking=True)
-        if ready is not None:
-            yield ready
-    last = _arrived(coming, stream, device)
-    if last is not None:
-        yield last
-
-
-def _arrived(batch: Tensor | None, stream: Any, device: torch.device) -> Tensor | None:
-    """The batch, for whose copy the current stream waits; its memory is kept until that is done."""
-    if batch is not None:
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        batch.record_stream(current)
-    return batch
 
 
 def channel_statistics(

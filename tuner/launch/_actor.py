@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tuner.errors import StorageError, TunerError
 from tuner.launch._place import Place
+from tuner.slots import share_of
 from tuner.storage import failure, storage_url
 from tuner.stores import StoreError
 from tuner.worker import StopRequest
@@ -41,13 +42,15 @@ class Worker:
         """What Ray puts before every line of this worker's."""
         return self.name
 
-    def run(self, place: Place, device: str | None, cores: int) -> str | None:
+    def run(self, place: Place, device: str | None, cores: int, slots: int = 1) -> str | None:
         """Work until the study has nothing left; a message when something else is why it ended.
 
         ``place`` travels as an argument, which Ray writes into no log and shows to nobody; it
-        does so with the environment of its processes.
+        does so with the environment of its processes. ``cores`` are this worker's, and its device
+        has so many ``slots``.
         """
         place.enter(os.environ)
+        os.environ.update(share_of(cores, slots))
         start = time.monotonic()
         try:
             self._work_patiently(place, device, cores)

@@ -38,6 +38,11 @@ class Crew:
         """The name of every worker."""
         return [f"{self.name}/{index}" for index in range(self.workers)]
 
+    @property
+    def on_device(self) -> int:
+        """How many of them Ray may place on one GPU."""
+        return int(1 / self.gpus) if 0 < self.gpus < 1 else 1
+
 
 @contextlib.contextmanager
 def connected(address: str) -> Iterator[Any]:

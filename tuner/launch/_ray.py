@@ -120,7 +120,7 @@ class Placement:
         for name in self.crew.names:
             self.actors[name] = actor.remote(name)
             ref = self.actors[name].run.remote(
-                self.place, self.crew.device, max(1, int(self.crew.cpus))
+                self.place, self.crew.device, max(1, int(self.crew.cpus)), self.crew.on_device
             )
             self.running[ref] = name
 
