@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The package itself stands on top with its version; ``__getattr__`` there is the public door.
 LEVELS = """
 errors __init__
-registry stores alone pools placing
+registry stores alone pools placing kept
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules strengths statistics
 training entries pruning compiled posthoc rows twins fused

@@ -11,11 +11,6 @@ from tuner.errors import TunerError
 
 MOST_PER_GPU = 16
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-KEPT_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**30))
-"""Memory of large maps is kept for the next step instead of being given back to the system.
-
-Evaluation in float32 with maps above 32 MB took up to twice as long without it; glibc only.
-"""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -77,9 +72,7 @@ def plan_slots(
 
 def _side_by_side(device: str, count: int, threads: int) -> list[SlotPlan]:
     """Slots that share the processor, or another device that is no GPU of CUDA's."""
-    kept = KEPT_MEMORY if device.partition(":")[0] == "cpu" else {}
-    environment = {**_budget(threads), **kept}
-    return [SlotPlan(str(i), device, threads, environment) for i in range(count)]
+    return [SlotPlan(str(i), device, threads, _budget(threads)) for i in range(count)]
 
 
 def _on_gpus(names: Sequence[str], counts: Sequence[int], threads: int) -> list[SlotPlan]:
