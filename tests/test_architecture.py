@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The package itself stands on top with its version; ``__getattr__`` there is the public door.
 LEVELS = """
 errors __init__
+packages
 registry stores alone pools placing kept
 seeding imbalance metrics checkpoint chunks
 losses samplers datasets models augment optim schedules strengths statistics
