@@ -19,7 +19,7 @@ LEVELS = """
 errors __init__
 packages
 registry stores alone pools placing kept
-seeding imbalance metrics checkpoint chunks
+seeding imbalance metrics checkpoint chunks speeds_file
 losses samplers datasets models augment optim schedules strengths statistics
 training entries pruning compiled posthoc rows twins fused
 recipe
