@@ -11,6 +11,7 @@ from tuner.errors import TunerError
 
 MOST_PER_GPU = 16
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LANES = "TUNER_LANES"
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -57,7 +58,7 @@ def plan_slots(
         device = "cuda" if gpus is not None or visible else "cpu"
     kind, _, index = device.partition(":")
     if kind != "cuda":
-        _only_for_gpus(device, gpus, slots_per_gpu)
+        _only_for_gpus(device, {"--gpus": gpus, "--slots-per-gpu": slots_per_gpu})
         count = slots or (cores if kind == "cpu" else 1)
         return _side_by_side(device, count, threads or max(1, cores // count))
     if slots is not None:
@@ -85,11 +86,31 @@ def _on_gpus(names: Sequence[str], counts: Sequence[int], threads: int) -> list[
     ]
 
 
-def _only_for_gpus(device: str, gpus: str | None, slots_per_gpu: object) -> None:
-    for name, given in (("--gpus", gpus), ("--slots-per-gpu", slots_per_gpu)):
+def lanes_on(device: str, asked: int | None = None) -> int | None:
+    """How many trials train side by side on a device at most; None: as many as a probe finds.
+
+    It is as ``--lanes`` asks for, else as ``TUNER_LANES`` says, which may stand where there is no
+    GPU too: there is no side by side on anything else.
+
+    Raises:
+        TunerError: It was asked for on something else, or the environment says no such number.
+    """
+    if device.partition(":")[0] != "cuda":
+        _only_for_gpus(device, {"--lanes": asked})
+        return None
+    said = os.environ.get(LANES, "")
+    if asked is not None or not said:
+        return asked
+    if not said.isdecimal() or int(said) < 1:
+        raise TunerError(f"{LANES}={said}: give a number from 1 up, or leave it out")
+    return int(said)
+
+
+def _only_for_gpus(device: str, options: Mapping[str, object]) -> None:
+    for name, given in options.items():
         if given is not None:
             raise TunerError(
-                f"{name} is for GPUs, and this worker is on {device}; leave it out, or give "
+                f"{name} is for GPUs, and the device is {device}; leave it out, or give "
                 "--device cuda"
             )
 

@@ -29,6 +29,7 @@ from tuner.rungs.peers import Peers
 from tuner.rungs.shared import drop_unneeded
 from tuner.rungs.turns import Entry, Turns
 from tuner.session import Session
+from tuner.slots import lanes_on
 from tuner.tickets import next_lease
 
 SHORTEST_WAIT, WAIT_SECONDS = 0.05, 1.0
@@ -109,8 +110,9 @@ def work(
             back. By default one that nobody else has.
         threads: Threads for the processor. More make small models slower, up to 50-fold when
             processes share cores.
-        lanes: Trials to train side by side at most; by default as many as the probe found to
-            be worth it on the device (see ``tuner.backends``), one on a processor.
+        lanes: Trials to train side by side at most; by default, on a GPU as ``TUNER_LANES`` says,
+            else as many as the probe found to be worth it (see ``tuner.backends``), and one on
+            a processor.
         wait: Whether to stay while others train the last trials, should they get lost.
         stop: Asked after every step.
         on_epoch: Called after every epoch with the trial, the result and the objective.
@@ -120,15 +122,17 @@ def work(
 
     Raises:
         DataError: The data are not the study's.
-        TunerError: Three trials in a row failed with one error, or the name is taken.
+        TunerError: Three trials in a row failed with one error, or the name is taken, or
+            ``TUNER_LANES`` is no number.
     """
+    most = lanes_on(device) if lanes is None else lanes
     check_data(session.study.user_attrs, data, session.file.name)
     torch.set_num_threads(threads)
     worker = enter(session.ledger, name, device, stop)
     if worker is None:
         return 0
     with Pulse(session.ledger, worker) as pulse:
-        slot = Slot(session, pulse, data, device, Peers(session), most=lanes)
+        slot = Slot(session, pulse, data, device, Peers(session), most=most)
         ended = _work(slot, wait, stop, on_epoch, _Telling(on_trial, on_cohort))
     if not stop():
         drop_unneeded(session)

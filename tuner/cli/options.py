@@ -39,6 +39,16 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"),
 ]
+Lanes = Annotated[
+    int | None,
+    typer.Option(
+        "--lanes",
+        min=1,
+        help="Trials side by side in each slot on a GPU, at most (default: TUNER_LANES, else as "
+        "the probe finds)",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
