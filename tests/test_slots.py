@@ -123,8 +123,9 @@ def test_lanes_on_a_processor_are_refused_as_its_gpus_are() -> None:
 @pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
 def test_what_is_no_number_of_lanes_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_LANES", said)
-    with pytest.raises(TunerError, match=f"TUNER_LANES={said}: give a number from 1 up"):
-        lanes_on("cuda")
+    for device in ("cuda", "cpu"):
+        with pytest.raises(TunerError, match=f"TUNER_LANES={said}: give a number from 1 up"):
+            lanes_on(device)
 
 
 def test_every_slot_has_its_thread_budget_in_its_environment() -> None:

@@ -95,15 +95,13 @@ def lanes_on(device: str, asked: int | None = None) -> int | None:
     Raises:
         TunerError: It was asked for on something else, or the environment says no such number.
     """
+    said = os.environ.get(LANES, "")
+    if said and (not said.isdecimal() or int(said) < 1):
+        raise TunerError(f"{LANES}={said}: give a number from 1 up, or leave it out")
     if device.partition(":")[0] != "cuda":
         _only_for_gpus(device, {"--lanes": asked})
         return None
-    said = os.environ.get(LANES, "")
-    if asked is not None or not said:
-        return asked
-    if not said.isdecimal() or int(said) < 1:
-        raise TunerError(f"{LANES}={said}: give a number from 1 up, or leave it out")
-    return int(said)
+    return int(said) if said and asked is None else asked
 
 
 def _only_for_gpus(device: str, options: Mapping[str, object]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from optuna.trial import TrialState
 
+from tuner.compiled import is_wanted
 from tuner.datasets import Data
 from tuner.errors import NameTakenError, TunerError
 from tuner.fit import check_data
@@ -123,9 +124,10 @@ def work(
     Raises:
         DataError: The data are not the study's.
         TunerError: Three trials in a row failed with one error, or the name is taken, or
-            ``TUNER_LANES`` is no number.
+            ``TUNER_LANES`` or ``TUNER_COMPILE`` says nothing that is known.
     """
     most = lanes_on(device) if lanes is None else lanes
+    is_wanted()  # what is no answer is refused before a trial is taken
     check_data(session.study.user_attrs, data, session.file.name)
     torch.set_num_threads(threads)
     worker = enter(session.ledger, name, device, stop)
