@@ -17,8 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The package itself stands on top with its version; ``__getattr__`` there is the public door.
 LEVELS = """
 errors __init__
-registry stores alone pools placing slots
-seeding imbalance metrics checkpoint chunks
+packages
+registry stores alone pools placing slots kept
+seeding imbalance metrics checkpoint chunks speeds_file
 losses samplers datasets models augment optim schedules strengths statistics
 training entries pruning compiled posthoc rows twins fused
 recipe

@@ -197,6 +197,18 @@ def test_storage_comes_from_the_environment_unless_an_option_names_it(tuner: Tun
         (("run", "small.toml", "--storage", "nope"), "the storage is no database URL"),
         (("run", "small.toml", "--storage", "sqlite:///small.toml/new/x.db"), "cannot be made"),
         (("list", "lossses"), "did you mean 'losses'"),
+        (("run", "small.toml", "--device", "mps"), "float64, which mps lacks; give --device cpu"),
+        (("worker", "small", "--device", "mps:0"), "--device mps:0: Tuner sums losses in float64"),
+        (("launch", "ray", "small", "-n", "1", "--device", "mps"), "which mps lacks"),
+        (("launch", "slurm", "small", "-n", "1", "--device", "mps"), "which mps lacks"),
+        (
+            ("run", "small.toml", "--device", "cpu", "--lanes", "2"),
+            "--lanes is for GPUs, and the device is cpu",
+        ),
+        (
+            ("worker", "small", "--device", "cpu", "--lanes", "2"),
+            "--lanes is for GPUs, and the device is cpu",
+        ),
     ],
 )
 def test_error_is_one_message_on_stderr_and_exit_code_1(

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeSession
+from optuna.trial import TrialState
 from torch import Tensor
 from trainer_cases import VARIED, recipe
 
 from tuner import compiled
 from tuner.datasets import Data
+from tuner.errors import TunerError
 from tuner.lane import Lane
 from tuner.stores import FolderStore
+from tuner.worker import work
 
 CASES = ("plain", "batch norm and cosine head", "two stages, classifier only")
 
@@ -121,3 +125,27 @@ def test_nothing_is_fetched_unless_it_is_asked_for(
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda _: pytest.fail("loaded"))
     monkeypatch.delenv("TUNER_COMPILE", raising=False)
     compiled.fetch(store, "GPU")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        *((yes, True) for yes in ("1", "true", "True", "yes", " on ")),
+        *((no, False) for no in ("0", "false", "NO", "off", "")),
+    ],
+)
+def test_the_user_may_answer_as_people_do(
+    said: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_COMPILE", said)
+    assert compiled.is_wanted() == wanted
+
+
+def test_what_is_no_answer_is_refused_before_a_trial_is_taken(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_COMPILE", "2")
+    session = make_session()
+    with pytest.raises(TunerError, match="TUNER_COMPILE=2: give 1 .* or 0"):
+        work(session, digits)
+    assert {trial.state for trial in session.trials()} == {TrialState.WAITING}

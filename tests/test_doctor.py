@@ -15,8 +15,10 @@ from ledgers import claimed, enter, expire
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
 from test_cli import Tuner
+from trainer_cases import recipe
 
 from tuner import session as sessions
+from tuner.backends import speeds
 from tuner.datasets import Data
 from tuner.doctor import Finding, Patient, _machine, _server, _storage, examine
 from tuner.doctor._file import file_system
@@ -84,7 +86,9 @@ def test_healthy_study_has_nothing_to_do_and_stays_as_it_was(study: str, here: s
     checks = {finding.check for finding in all_}
     assert checks >= {"program", "storage", "tables", "latency", "commits", "gpu", "artifacts"}
     assert checks >= {"study", "order", "workers", "leases", "data", "speed"}
-    assert "linear: float32 channels_last" in found("speed", all_)[0].found
+    speed = found("speed", all_)[0].found
+    assert re.match(r"linear, batches of 64 \(1x8x8\), .*: .*float32 channels_last \d+", speed)
+    assert "images/s; trials take " in speed
     assert everything(study) == before
 
 
@@ -355,6 +359,61 @@ def test_other_data_than_the_studys_are_refused(
     said = trouble(findings(sqlite, artifacts=here, study="tiny", data=Path()))
     assert said["data"][0] == "fail"
     assert "fingerprint" in said["data"][1]
+
+
+def test_data_that_come_with_tuner_are_looked_at_without_a_folder(
+    sqlite: str, here: str, make_session: MakeSession
+) -> None:
+    make_session()
+    all_ = findings(sqlite, artifacts=here, study="tiny")
+    assert "is what the study was created with" in found("data", all_)[0].found
+    assert found("speed", all_)[0].found.startswith("linear, ")
+
+
+# Speeds
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "speeds.json"
+
+
+def test_without_a_study_all_speeds_that_were_measured_here_are_shown(
+    sqlite: str, here: str, digits: Data, cache: Path
+) -> None:
+    (nothing,) = found("speed", findings(sqlite, artifacts=here))
+    assert "nothing was measured here yet" in nothing.found
+    speeds(recipe(), digits, "cpu")
+    speeds(recipe(model={"name": "mlp", "width": 7}), digits, "cpu")
+    first, second = (f.found for f in found("speed", findings(sqlite, artifacts=here)))
+    ways = r"(\w+ \w+ \d+, )*\w+ \w+ \d+ images/s; trials take \w+"
+    assert re.match(rf"mlp, batches of 64 \(1x8x8\), cpu.*: {ways}", first)
+    assert second.startswith("mlp width=7, batches of 64")
+
+
+def test_speeds_that_nobody_can_read_are_passed_over(sqlite: str, here: str, cache: Path) -> None:
+    cache.parent.mkdir()
+    for text in ("[torn", "[]", '{"a": [], "b": {"rows": 3}, "c": {"rows": [{"x": 1}]}}'):
+        cache.write_text(text)
+        (nothing,) = found("speed", findings(sqlite, artifacts=here))
+        assert "nothing was measured" in nothing.found
+
+
+def test_study_whose_data_are_not_here_comes_with_the_speeds_that_are_known(
+    sqlite: str,
+    here: str,
+    digits: Data,
+    cache: Path,
+    make_session: MakeSession,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_session()
+    speeds(recipe(), digits, "cpu")
+    monkeypatch.setattr(type(make_session().file.data), "root", "photos", raising=False)
+    all_ = findings(sqlite, artifacts=here, study="tiny")
+    assert "--data FOLDER" in found("data", all_)[0].found
+    assert found("speed", all_)[0].found.startswith("mlp, ")
 
 
 # The command

@@ -12,6 +12,7 @@ from tuner.slots import (
     SlotPlan,
     chosen_gpus,
     cpu_quota,
+    lanes_on,
     own_cores,
     plan_slots,
     slots_on_device,
@@ -68,8 +69,8 @@ TABLE: dict[str, tuple[dict[str, Any], list[tuple[str, str, int, str | None]]]] 
         on_gpus("0", threads=2),
     ),
     "another device has one slot": (
-        {"device": "mps", "cores": 8},
-        [("0", "mps", 8, None)],
+        {"device": "xpu", "cores": 8},
+        [("0", "xpu", 8, None)],
     ),
 }
 
@@ -96,6 +97,37 @@ def test_slots_are_planned(case: str) -> None:
 def test_choices_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TunerError, match=message):
         plan_slots(cores=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "said", "lanes"),
+    [
+        ("cuda", None, "", None),
+        ("cuda:1", 3, "", 3),
+        ("cuda", None, "2", 2),
+        ("cuda", 3, "2", 3),
+        ("cpu", None, "", None),
+        ("cpu", None, "2", None),
+    ],
+)
+def test_lanes_of_a_gpu_are_limited_by_who_asks_else_by_the_environment(
+    device: str, asked: int | None, said: str, lanes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_LANES", said)
+    assert lanes_on(device, asked) == lanes
+
+
+def test_lanes_on_a_processor_are_refused_as_its_gpus_are() -> None:
+    with pytest.raises(TunerError, match="--lanes is for GPUs, and the device is cpu"):
+        lanes_on("cpu", 2)
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "two", "1.5"])
+def test_what_is_no_number_of_lanes_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_LANES", said)
+    for device in ("cuda", "cpu"):
+        with pytest.raises(TunerError, match=f"TUNER_LANES={said}: give a number from 1 up"):
+            lanes_on(device)
 
 
 def test_every_slot_has_its_thread_budget_in_its_environment() -> None:

@@ -23,6 +23,7 @@ from tuner.rungs.full import run
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.turns import Turns
 from tuner.session import Session
+from tuner.slots import lanes_on
 from tuner.tickets import next_lease
 from tuner.trainer import EpochResult, epochs_in_turns
 from tuner.worker import work
@@ -88,6 +89,15 @@ def test_trials_side_by_side_end_as_one_after_another(
     assert work(alone, digits) == 7
     assert results(together) == results(alone)
     assert len(results(alone)) == 7
+
+
+def test_environment_limits_the_lanes_of_whoever_works(
+    make_session: MakeSession, digits: Data, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_LANES", "2")
+    monkeypatch.setattr("tuner.worker.lanes_on", lambda _: lanes_on("cuda"))
+    assert work(make_session(**STUDY), digits) == 7
+    assert device.most == 2
 
 
 def test_every_trial_is_told_once_and_none_is_left(

@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner import contest
-from tuner.alone import alone, cache_folder
+from tuner import contest, speeds_file
+from tuner.alone import alone
 from tuner.compiled import is_wanted
 from tuner.datasets import Data, ResidentImages
 from tuner.fused import can_fuse, has_norms
 from tuner.lane import Lane
 from tuner.recipe import Recipe, dump_component
 from tuner.seeding import seeded
+from tuner.space import default_of
 from tuner.steps import Execution
 
 PRECISIONS, LAYOUTS = ("float32", "bfloat16"), ("channels_last", "contiguous")
@@ -130,16 +131,26 @@ def fastest(training: Any, measured: list[Speed], most: int | None = None) -> Sp
 def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
     """Training speed of each candidate for the recipe's model and batches on this device."""
     key = _key(recipe, data, device)
-    known = _read(_file()).get(key)
+    known = speeds_file.read(key)
     return [Speed(**values) for values in known or _found(key, recipe, data, device)]
+
+
+def all_speeds() -> Iterator[tuple[str, list[Speed]]]:
+    """What was measured on this machine: of which model and batches on what, and the speeds."""
+    for of, rows in speeds_file.read_all():
+        try:
+            found = [Speed(**values) for values in rows]
+        except TypeError:  # another version of Tuner wrote it
+            continue
+        yield of, found
 
 
 def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, Any]]:
     """Measure, while nobody else on this machine does; what others found meanwhile is taken."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(alone(_file()))
-        known: list[dict[str, Any]] | None = _read(_file()).get(key)
+            stack.enter_context(alone(speeds_file.path()))
+        known = speeds_file.read(key)
         if known is not None:
             return known
         name = dump_component("model", recipe.model)["name"]
@@ -149,7 +160,7 @@ def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, 
         measured = _side_by_side if side_by_side else _one_by_one
         known = [vars(speed) for speed in measured(recipe, data, device)]
         if known:
-            _write(_file(), key, known)
+            speeds_file.write(key, label(recipe, data, device), known)
         return known
 
 
@@ -170,6 +181,16 @@ def _key(recipe: Recipe, data: Data, device: str) -> str:
         also = ", in groups and compiled too" if is_wanted() else ", in groups too"
         also += "" if isinstance(data.train.images, ResidentImages) else ", images elsewhere"
     return f"{model['name']} {digest}, {shape}, {where}, torch {torch.__version__}{also}"
+
+
+def label(recipe: Recipe, data: Data, device: str) -> str:
+    """What the speeds are of, for people: model, batches, device."""
+    model = dump_component("model", recipe.model)
+    name, cls = model.pop("name"), type(recipe.model)
+    more = "".join(f" {k}={v}" for k, v in model.items() if v != default_of(cls, k))
+    shape, threads = "x".join(map(str, data.image_shape)), torch.get_num_threads()
+    where = _device_name(device) + ("" if threads == 1 else f", {threads} threads")
+    return f"{name}{more}, batches of {recipe.training.batch_size} ({shape}), {where}"
 
 
 def _device_name(device: str) -> str:
@@ -271,27 +292,3 @@ def _clock(device: str) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def _file() -> Path:
-    return cache_folder() / "speeds.json"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What the file holds; nothing where it is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, key: str, values: list[dict[str, Any]]) -> None:
-    """Add an entry; one that cannot be kept is measured again another time."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps({**_read(path), key: values}, indent=1))
-        own.replace(path)
-    except OSError:
-        return

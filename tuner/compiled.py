@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tuner.errors import TunerError
 from tuner.stores import NotThere, Store
 
 BACKEND = "inductor"
 ARTIFACTS = "compiled"
+ANSWERS = dict.fromkeys(("1", "true", "yes", "on"), True)
+ANSWERS |= dict.fromkeys(("0", "false", "no", "off", ""), False)
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -30,8 +33,15 @@ _kept: dict[str, int] = {}
 
 
 def is_wanted() -> bool:
-    """Whether the user asked for compiled passes."""
-    return os.environ.get("TUNER_COMPILE") == "1"
+    """Whether the user asked for compiled passes.
+
+    Raises:
+        TunerError: What stands in the environment says neither.
+    """
+    said = os.environ.get("TUNER_COMPILE", "")
+    if said.strip().lower() not in ANSWERS:
+        raise TunerError(f"TUNER_COMPILE={said}: give 1 (true, yes, on) or 0 (false, no, off)")
+    return ANSWERS[said.strip().lower()]
 
 
 def compiled(model: nn.Module, kind: str) -> Forward:

@@ -33,7 +33,7 @@ def _describe(name: str, cls: type[Any]) -> dict[str, Any]:
         key: _parameter(entry, schema, key in required)
         for key, entry in schema.get("properties", {}).items()
     }
-    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    summary = (cls.__doc__ or "").strip().partition("\n")[0]
     return {"name": name, "summary": summary, "parameters": parameters}
 
 
@@ -63,7 +63,7 @@ def _kind(entry: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in entry:
         return _table(entry["$ref"].rpartition("/")[2], schema)
     limits = [f"{sign} {entry[key]:g}" for key, sign in BOUNDS.items() if key in entry]
-    return " ".join([KINDS[entry["type"]], *limits])
+    return " ".join([KINDS.get(entry.get("type", ""), "value"), *limits])
 
 
 def _table(name: str, schema: dict[str, Any]) -> str:

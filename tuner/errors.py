@@ -44,21 +44,24 @@ class NonFiniteError(TunerError):
     """A training loss that became NaN or infinite."""
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Say that ``name`` is not a known ``what``, with the closest of the known names."""
+def unknown_name(what: str, name: str, known: Iterable[str], otherwise: str = ".") -> str:
+    """Say that ``name`` is not a known ``what``, with the closest of the known names.
+
+    Where none is close, it says ``otherwise``.
+    """
     if "smote" in name.lower():
         return f"no {what} {name!r}: {SMOTE_REFUSAL}"
-    return f"unknown {what} {name!r}{close_match(name, known)}"
+    return f"unknown {what} {name!r}{close_match(name, known, otherwise)}"
 
 
-def close_match(name: str, known: Iterable[str]) -> str:
+def close_match(name: str, known: Iterable[str], otherwise: str = ".") -> str:
     """End of a sentence about a wrong name: the closest known name, and all of them."""
     known = sorted(known)
     if not known:
         return "; there are none here"
     lowered = {other.lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    hint = f"; did you mean {lowered[close[0]]!r}?" if close else "."
+    hint = f"; did you mean {lowered[close[0]]!r}?" if close else otherwise
     return f"{hint} Known: {', '.join(known)}"
 
 

@@ -15,6 +15,7 @@ from tuner.chunks import evaluation_batch, logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images, ResidentImages
 from tuner.fused import FusedPasses, can_fuse
+from tuner.kept import keep_memory
 from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
@@ -45,9 +46,8 @@ class Lane:
     ) -> None:
         if micro_batch is not None and micro_batch < 2:
             raise ValueError(f"micro_batch must be at least 2, not {micro_batch}")
-        self.recipe = recipe
-        self.data = data
-        self.device = torch.device(device)
+        self.recipe, self.data, self.device = recipe, data, torch.device(device)
+        keep_memory(self.device.type)
         self.micro_batch, self.dtype = micro_batch, dtype
         self.epoch = self.stage = 0
         self.compiles = False

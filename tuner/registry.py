@@ -11,11 +11,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from tuner.errors import StudyFileError, UnknownNameError, close_match, shown, unknown_name
+from tuner.packages import PACKAGES
 
 C = TypeVar("C")
 D = TypeVar("D", bound=type[Any])
 
 CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=False, allow_inf_nan=False)
+INSTALLED = "; is the package that has it installed here?"
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -29,33 +31,50 @@ def component(cls: D) -> D:
 
 
 class Registry(Generic[C]):
-    """The components that may fill one part of a recipe, by name."""
+    """The components that may fill one part of a recipe, by name; also those of other packages."""
 
     def __init__(self, part: str) -> None:
         self.part = part
         self._components: dict[str, type[C]] = {}
 
     def register(self, name: str) -> Callable[[D], D]:
-        """Enter a component class under ``name``; a name is given once."""
+        """Enter a component class under ``name``; a name is given once.
+
+        Raises:
+            ValueError: It is taken.
+        """
 
         def enter(cls: D) -> D:
             if name in self._components:
-                raise ValueError(f"{self.part} {name!r} is registered already")
+                known = self._components[name]
+                raise ValueError(
+                    f"{self.part} {name!r} is registered already, as {known.__module__}."
+                    f"{known.__qualname__}"
+                )
             self._components[name] = cls
             return cls
 
         return enter
 
+    @property
+    def _all(self) -> dict[str, type[C]]:
+        PACKAGES.load()
+        return self._components
+
     def __getitem__(self, name: str) -> type[C]:
-        if name not in self._components:
-            raise UnknownNameError(unknown_name(self.part, name, self._components))
+        if name not in self._all:
+            raise UnknownNameError(self.unknown(name))
         return self._components[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._components)
+        return iter(self._all)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._components
+        return name in self._all
+
+    def unknown(self, name: str) -> str:
+        """Say that no component is called ``name``: misspelt, or of a package that is not here."""
+        return unknown_name(self.part, name, self._all, INSTALLED)
 
     def parse(self, name: str, values: Mapping[str, Any], *, where: str) -> C:
         """Component ``name`` with ``values`` as its hyperparameters.
@@ -64,8 +83,8 @@ class Registry(Generic[C]):
             StudyFileError: The name or a key is unknown, or a value is out of bounds; the
                 text starts with ``where`` and names every key that is wrong.
         """
-        if name not in self._components:
-            raise StudyFileError(f"{where}: {unknown_name(self.part, name, self._components)}")
+        if name not in self._all:
+            raise StudyFileError(f"{where}: {self.unknown(name)}")
         return checked(self._components[name], dict(values), where)  # type: ignore[no-any-return]
 
     def name_of(self, instance: C) -> str:

@@ -17,7 +17,7 @@ from tuner import __version__
 from tuner.datasets import Data
 from tuner.ended import Ended, Place
 from tuner.engines import make_engine, masked
-from tuner.errors import StorageError, close_match
+from tuner.errors import StorageError, StudyFileError, close_match
 from tuner.evaluation import certainty
 from tuner.fit import check_data, check_fit
 from tuner.ladder import Rung, is_judged
@@ -210,6 +210,7 @@ def join(name: str, url: str, store: Store, *, writes: bool = True) -> Session:
 
     Raises:
         StorageError: There is no such storage or study, or Tuner did not make it.
+        StudyFileError: It needs another version of Tuner, or a package that is not here.
     """
     storage = open_storage(url, create=False, writes=writes)
     engine = None if is_remote(url) else make_engine(url)
@@ -225,9 +226,7 @@ def join(name: str, url: str, store: Store, *, writes: bool = True) -> Session:
     text = study.user_attrs.get("study_file")
     if text is None:
         raise StorageError(f"study {name!r} in {masked(url)} was not made by Tuner")
-    import tomllib
-
-    file = parse(tomllib.loads(text), text, where=f"study {name}")
+    file = _stored(study, text)
     ledger = (
         RemoteLedger(url, study._study_id, **_terms(file))
         if engine is None
@@ -237,6 +236,21 @@ def join(name: str, url: str, store: Store, *, writes: bool = True) -> Session:
     if writes:
         session.ledger.prepare()
     return session
+
+
+def _stored(study: Study, text: str) -> StudyFile:
+    """The study file that the storage keeps; it was right where the study was created."""
+    import tomllib
+
+    name = study.study_name
+    try:
+        return parse(tomllib.loads(text), text, where=f"study {name}")
+    except StudyFileError as error:
+        version = study.user_attrs.get("tuner_version", "of unknown version")
+        raise StudyFileError(
+            f"{error}\nstudy {name} was created by tuner {version} and the packages installed "
+            f"there; this is tuner {__version__}: install the same here"
+        ) from None
 
 
 def _own_store(root: Store, study: Study) -> Store:

@@ -11,11 +11,7 @@ from tuner.errors import TunerError
 
 MOST_PER_GPU = 16
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-KEPT_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**30))
-"""Memory of large maps is kept for the next step instead of being given back to the system.
-
-Evaluation in float32 with maps above 32 MB took up to twice as long without it; glibc only.
-"""
+LANES = "TUNER_LANES"
 CGROUP = Path("/sys/fs/cgroup")
 CORES, BESIDE = "TUNER_CORES", "TUNER_SLOTS_ON_DEVICE"
 
@@ -63,7 +59,7 @@ def plan_slots(
         device = "cuda" if gpus is not None or visible else "cpu"
     kind, _, index = device.partition(":")
     if kind != "cuda":
-        _only_for_gpus(device, gpus, slots_per_gpu)
+        _only_for_gpus(device, {"--gpus": gpus, "--slots-per-gpu": slots_per_gpu})
         count = slots or (cores if kind == "cpu" else 1)
         return _side_by_side(device, count, cores, threads)
     if slots is not None:
@@ -79,8 +75,7 @@ def plan_slots(
 def _side_by_side(device: str, count: int, cores: int, threads: int | None) -> list[SlotPlan]:
     """Slots that share the processor, or another device that is no GPU of CUDA's."""
     share = max(1, cores // count)
-    kept = KEPT_MEMORY if device.partition(":")[0] == "cpu" else {}
-    environment = {**_budget(threads or share), **kept, **share_of(share, count)}
+    environment = {**_budget(threads or share), **share_of(share, count)}
     return [SlotPlan(str(i), device, threads or share, environment) for i in range(count)]
 
 
@@ -102,11 +97,29 @@ def _on_gpus(
     return [SlotPlan(str(i), "cuda", threads, each) for i, each in enumerate(environments)]
 
 
-def _only_for_gpus(device: str, gpus: str | None, slots_per_gpu: object) -> None:
-    for name, given in (("--gpus", gpus), ("--slots-per-gpu", slots_per_gpu)):
+def lanes_on(device: str, asked: int | None = None) -> int | None:
+    """How many trials train side by side on a device at most; None: as many as a probe finds.
+
+    It is as ``--lanes`` asks for, else as ``TUNER_LANES`` says, which may stand where there is no
+    GPU too: there is no side by side on anything else.
+
+    Raises:
+        TunerError: It was asked for on something else, or the environment says no such number.
+    """
+    said = os.environ.get(LANES, "")
+    if said and (not said.isdecimal() or int(said) < 1):
+        raise TunerError(f"{LANES}={said}: give a number from 1 up, or leave it out")
+    if device.partition(":")[0] != "cuda":
+        _only_for_gpus(device, {"--lanes": asked})
+        return None
+    return int(said) if said and asked is None else asked
+
+
+def _only_for_gpus(device: str, options: Mapping[str, object]) -> None:
+    for name, given in options.items():
         if given is not None:
             raise TunerError(
-                f"{name} is for GPUs, and this worker is on {device}; leave it out, or give "
+                f"{name} is for GPUs, and the device is {device}; leave it out, or give "
                 "--device cuda"
             )
 

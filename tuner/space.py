@@ -230,7 +230,7 @@ def _parse_branches(part: str, tables: Any, where: str) -> Branches:
                 f"with the component's name, or [{part}] for a fixed one"
             )
         if name not in PARTS[part]:
-            raise StudyFileError(f"{where}: {unknown_name(part, name, PARTS[part])}")
+            raise StudyFileError(f"{where}: {PARTS[part].unknown(name)}")
         cls = PARTS[part][name]
         branches[name] = {k: parse_entry(cls, k, v, f"{where}.{name}") for k, v in entries.items()}
         _check_together(part, name, branches[name], where)

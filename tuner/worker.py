@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from optuna.trial import TrialState
 
+from tuner.compiled import is_wanted
 from tuner.datasets import Data
 from tuner.errors import NameTakenError, TunerError
 from tuner.fit import check_data
@@ -29,6 +30,7 @@ from tuner.rungs.peers import Peers
 from tuner.rungs.shared import drop_unneeded
 from tuner.rungs.turns import Entry, Turns
 from tuner.session import Session
+from tuner.slots import lanes_on
 from tuner.tickets import next_lease
 
 SHORTEST_WAIT, WAIT_SECONDS = 0.05, 1.0
@@ -109,8 +111,9 @@ def work(
             back. By default one that nobody else has.
         threads: Threads for the processor. More make small models slower, up to 50-fold when
             processes share cores.
-        lanes: Trials to train side by side at most; by default as many as the probe found to
-            be worth it on the device (see ``tuner.backends``), one on a processor.
+        lanes: Trials to train side by side at most; by default, on a GPU as ``TUNER_LANES`` says,
+            else as many as the probe found to be worth it (see ``tuner.backends``), and one on
+            a processor.
         wait: Whether to stay while others train the last trials, should they get lost.
         stop: Asked after every step.
         on_epoch: Called after every epoch with the trial, the result and the objective.
@@ -120,15 +123,18 @@ def work(
 
     Raises:
         DataError: The data are not the study's.
-        TunerError: Three trials in a row failed with one error, or the name is taken.
+        TunerError: Three trials in a row failed with one error, or the name is taken, or
+            ``TUNER_LANES`` or ``TUNER_COMPILE`` says nothing that is known.
     """
+    most = lanes_on(device) if lanes is None else lanes
+    is_wanted()  # what is no answer is refused before a trial is taken
     check_data(session.study.user_attrs, data, session.file.name)
     torch.set_num_threads(threads)
     worker = enter(session.ledger, name, device, stop)
     if worker is None:
         return 0
     with Pulse(session.ledger, worker) as pulse:
-        slot = Slot(session, pulse, data, device, Peers(session), most=lanes)
+        slot = Slot(session, pulse, data, device, Peers(session), most=most)
         ended = _work(slot, wait, stop, on_epoch, _Telling(on_trial, on_cohort))
     if not stop():
         drop_unneeded(session)

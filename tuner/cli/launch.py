@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import app
-from tuner.cli.options import Artifacts, DataFolder, Storage, StudyName, joined
+from tuner.cli.options import Artifacts, DataFolder, Storage, StudyName, joined, refuse_unfit
 
 if TYPE_CHECKING:
     from tuner.launch import Place
@@ -77,6 +77,7 @@ def ray(
     from tuner.launch import Place
     from tuner.launch._cluster import Crew
 
+    refuse_unfit(device)
     session = joined(study, storage, artifacts, writes=True, lasting=True)
     place = Place.here(session.file.name, storage, data, artifacts)
     crew = Crew(name or f"ray-{os.urandom(2).hex()}", workers, gpus, cpus, device)
@@ -156,6 +157,7 @@ def slurm(
     from tuner.launch import Place
     from tuner.launch import _slurm as jobs
 
+    refuse_unfit(device)
     session = joined(study, storage, artifacts, writes=True)
     place = Place.here(session.file.name, storage, data, artifacts)
     array = jobs.Array(workers, gpus, cpus, jobs.minutes(time), partition, _pairs(further or []))

@@ -39,6 +39,16 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one, else cpu)"),
 ]
+Lanes = Annotated[
+    int | None,
+    typer.Option(
+        "--lanes",
+        min=1,
+        help="Trials side by side in each slot on a GPU, at most (default: TUNER_LANES, else as "
+        "the probe finds)",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
@@ -78,6 +88,7 @@ def chosen_device(device: str | None) -> str:
 
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    refuse_unfit(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -86,3 +97,17 @@ def chosen_device(device: str | None) -> str:
             said = "no device has such a name; give cpu, cuda or cuda:1, or leave it out"
         raise TunerError(f"--device {device}: {said}") from None
     return device
+
+
+def refuse_unfit(device: str | None) -> None:
+    """Refuse a device that Tuner cannot train on, on whatever machine.
+
+    Raises:
+        TunerError: It lacks what training needs.
+    """
+    from tuner.errors import TunerError
+
+    if device is not None and device.partition(":")[0] == "mps":
+        raise TunerError(
+            f"--device {device}: Tuner sums losses in float64, which mps lacks; give --device cpu"
+        )

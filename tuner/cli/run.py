@@ -14,6 +14,7 @@ from tuner.cli.options import (
     Artifacts,
     DataFolder,
     Device,
+    Lanes,
     Storage,
     StudyPath,
     chosen_device,
@@ -59,6 +60,7 @@ def run(
             "with more, what is proposed depends on who is done first.",
         ),
     ] = 1,
+    lanes: Lanes = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the report and the recipe (default: runs)"),
@@ -66,13 +68,15 @@ def run(
 ) -> None:
     """Create the study, work until its budget is spent, and show what it found."""
     from tuner.cli.finish import finish
+    from tuner.slots import lanes_on
 
     where = chosen_device(device)
+    most = lanes_on(where, lanes)
     session, loaded = _created(study, storage, data, artifacts)
     if slots > 1:
         stopped = _work_together(session, where, slots, storage, data, artifacts)
     else:
-        stopped = _work(session, loaded, where)
+        stopped = _work(session, loaded, where, most)
     if stopped:
         log.warning("stopped; the same command again goes on where this stopped")
         return
@@ -148,7 +152,7 @@ def _work_together(
         return stop.asked
 
 
-def _work(session: Session, data: Data, device: str) -> bool:
+def _work(session: Session, data: Data, device: str, lanes: int | None) -> bool:
     """Work on the study in this process; whether somebody asked to stop."""
     from tuner.cli.show import Display
     from tuner.slots import usable_cores
@@ -163,6 +167,7 @@ def _work(session: Session, data: Data, device: str) -> bool:
             session,
             on_device,
             device=device,
+            lanes=lanes,
             stop=stop,
             on_epoch=show.epoch,
             on_trial=show.trial,

@@ -26,24 +26,12 @@ Grace = Annotated[
 ]
 
 
-Lanes = Annotated[
-    int | None,
-    typer.Option(
-        "--lanes",
-        min=1,
-        envvar="TUNER_LANES",
-        help="Trials side by side in each slot on a GPU, at most (default: as the probe finds)",
-    ),
-]
-
-
 @app.command(hidden=True)
 def slot(
     study: StudyName,
     name: Annotated[str, typer.Option("--id", help="Name of the worker.")],
     device: Annotated[str, typer.Option("--device")],
     threads: Annotated[int, typer.Option("--threads", min=1)] = 1,
-    lanes: Lanes = None,
     level: Annotated[int, typer.Option("--level", help="Of the log.")] = logging.INFO,
     grace: Grace = 60.0,
     data: DataFolder = None,
@@ -56,7 +44,7 @@ def slot(
 
     logging.getLogger("tuner").setLevel(level)
     try:
-        _be_a_slot(study, name, device, threads, lanes, grace, data)
+        _be_a_slot(study, name, device, threads, grace, data)
     except Exception as error:
         known = curable(error)
         if known is None:
@@ -82,7 +70,6 @@ def _be_a_slot(
     name: str,
     device: str,
     threads: int,
-    lanes: int | None,
     grace: float,
     data: Path | None,
 ) -> None:
@@ -101,7 +88,6 @@ def _be_a_slot(
             device=device,
             name=name,
             threads=threads,
-            lanes=lanes,
             wait=False,
             stop=stop,
             on_epoch=lines.epoch,

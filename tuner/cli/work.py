@@ -14,8 +14,8 @@ import typer
 
 from tuner.cli import _state, app
 from tuner.cli.failures import curable
-from tuner.cli.options import Artifacts, DataFolder, Device, Storage, StudyName, joined
-from tuner.cli.slot import Grace, Lanes
+from tuner.cli.options import Artifacts, DataFolder, Device, Lanes, Storage, StudyName, joined
+from tuner.cli.slot import Grace
 from tuner.errors import StorageError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def worker(
     grace: Grace = 60.0,
 ) -> None:
     """Work on a study that was created before, with all slots of this machine, until it is done."""
+    from tuner.slots import lanes_on
     from tuner.worker import StopRequest
 
     with StopRequest().installed() as stop:
@@ -83,6 +84,7 @@ def worker(
             return
         environment = slot_environment(storage, data, artifacts, grace, lanes)
         plans = _plans(session, device, gpus, slots, slots_per_gpu, threads, environment)
+        lanes_on(plans[0].device, lanes)
         name = name or new_name()
         reason = supervise(session, plans, name, environment, stop, wait=wait, grace=grace)
     _conclude(session, reason)

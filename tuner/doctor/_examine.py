@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from tuner.doctor import _machine, _storage, _study
+from tuner.doctor import _machine, _speeds, _storage, _study
 from tuner.doctor._finding import Finding, fail
 from tuner.errors import TunerError
 
@@ -40,7 +40,9 @@ def examine(patient: Patient) -> Iterator[Finding]:
         ("storage", lambda: _storage.storage(patient.url, patient.given)),
         ("artifacts", lambda: _machine.artifacts(patient.artifacts)),
     ]
-    if patient.study is not None:
+    if patient.study is None:
+        checks.append(("speed", _speeds.known_speeds))
+    else:
         examined = partial(_study.study, patient.study, patient.url, patient.data)
         checks.append(("study", examined))
     for name, check in checks:

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from optuna.trial import FixedTrial, TrialState
+from optuna.trial import TrialState
 
 from tuner import study as files
-from tuner.datasets import Data
 from tuner.doctor._finding import Finding, fail, ok, warn
+from tuner.doctor._speeds import known_speeds, speeds_of
 from tuner.doctor._storage import has_tables
 from tuner.errors import StorageError, StudyFileError, TunerError
-from tuner.recipe import dump_component
 from tuner.session import Session, join
 from tuner.stores import open_store
 
@@ -118,8 +117,9 @@ def _leases(session: Session, there: set[tuple[str, int]]) -> Iterator[Finding]:
 
 def _fingerprint(session: Session, data: Path | None) -> Iterator[Finding]:
     """Whether the data here are those the study was created with."""
-    if data is None:
+    if data is None and hasattr(session.file.data, "root"):
         yield ok("data", "not looked at; --data FOLDER does")
+        yield from known_speeds()
         return
     from tuner.fit import check_data
 
@@ -130,22 +130,4 @@ def _fingerprint(session: Session, data: Path | None) -> Iterator[Finding]:
         yield fail("data", str(error), "bring the study's data here, or name their folder")
         return
     yield ok("data", f"{loaded.name} is what the study was created with")
-    yield from _speeds(session, loaded)
-
-
-def _speeds(session: Session, data: Data) -> Iterator[Finding]:
-    """How fast each model trains here in each precision and layout, and what trials take."""
-    import torch
-
-    from tuner.backends import fastest, speeds
-
-    torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    space, on_device = session.file.space, data.to(device)
-    for params in space.variants("model"):
-        recipe = space.suggest(FixedTrial(params))
-        measured = speeds(recipe, on_device, device)
-        best = fastest(recipe.training, measured)
-        each = ", ".join(f"{speed} {speed.images:.0f}" for speed in measured)
-        name = dump_component("model", recipe.model)["name"]
-        yield ok("speed", f"{name}: {each} images/s; trials take {best}")
+    yield from speeds_of(session, loaded)

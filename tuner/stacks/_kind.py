@@ -11,7 +11,7 @@ from tuner.augment import Augmenter
 from tuner.lane import Lane
 from tuner.rows import row_of
 from tuner.stacks._device import Uncapturable
-from tuner.stacks._losses import numbers_of
+from tuner.stacks._module import numbers_of
 
 
 @dataclass(frozen=True)

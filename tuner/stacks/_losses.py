@@ -1,8 +1,7 @@
-"""Gradients of all seats' losses: by rows of a table, or by one lane's own module."""
+"""Gradients of all seats' losses, and those by rows of a table."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,7 +12,6 @@ from torch.nn.functional import pad
 from tuner.losses import Loss
 from tuner.placing import placed
 from tuner.rows import GRADIENTS, Batch, Kind, Row, Table, lines, plain_gradient, row_of
-from tuner.stacks._device import Uncapturable
 from tuner.stacks._optimizers import Parts
 
 Family = Kind | Literal["plain"]
@@ -217,61 +215,3 @@ def _chosen(
     """Of the seats that are ``member`` (K, 1) the new gradients and losses, else the old ones."""
     seats = member[:, :, None]
     return torch.where(seats, new[0], old[0]), torch.where(seats, new[1], old[1])
-
-
-class ModuleLoss:
-    """The loss of the only seat, by its own module: soft targets, and losses without a row."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = copy.deepcopy(loss)
-
-    def admit(self, loss: Loss, here: Loss, seat: int) -> Parts:
-        """See ``SeatLosses``; the loss has the same numbers as the one recorded."""
-        own = self.loss.state_dict()
-        for name, buffer in loss.state_dict().items():
-            if buffer.data_ptr() != own[name].data_ptr():
-                own[name].copy_(buffer)
-                setattr(loss, name, own[name])
-        return frozenset()
-
-    def part(self, loss: Loss) -> None:
-        """See ``SeatLosses``."""
-        for name, buffer in loss.state_dict().items():
-            setattr(loss, name, buffer.clone())
-
-    def tensors(self) -> list[Tensor]:
-        """See ``SeatLosses``."""
-        return list(self.loss.state_dict().values())
-
-    def frame(self, size: int) -> Frame:
-        """See ``SeatLosses``; the module knows all that by itself."""
-        nothing = self.loss.class_counts.new_zeros(0)
-        return Frame(nothing, nothing, nothing)
-
-    def renew(self, frame: Frame, size: int) -> None:
-        """See ``SeatLosses``."""
-
-    def gradient(
-        self,
-        logits: Tensor,
-        soft: Tensor,
-        targets: Tensor,
-        frame: Frame,
-        active: Tensor | None,
-        parts: Parts,
-    ) -> tuple[Tensor, Tensor]:
-        """See ``SeatLosses``."""
-        before = numbers_of(self.loss)
-        with torch.enable_grad():
-            leaf = logits[0].detach().requires_grad_()
-            loss: Tensor = self.loss(leaf, soft[0])
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        if numbers_of(self.loss) != before:
-            raise Uncapturable("its loss keeps numbers outside of tensors")
-        return gradient[None], loss.detach()[None].double()
-
-
-def numbers_of(loss: Loss) -> tuple[tuple[str, object], ...]:
-    """What a loss knows beside its tensors."""
-    plain = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
-    return tuple(sorted(plain.items()))

@@ -11,7 +11,8 @@ from tuner.lane import Lane
 from tuner.losses import Loss
 from tuner.stacks._device import GraphDevice, Mark
 from tuner.stacks._kind import Kind, loss_of
-from tuner.stacks._losses import ModuleLoss, RowLosses, SeatLosses
+from tuner.stacks._losses import RowLosses, SeatLosses
+from tuner.stacks._module import ModuleLoss
 from tuner.stacks._networks import Alone, Network, pattern_of
 from tuner.stacks._optimizers import Parts, optimizer_of
 from tuner.stacks._recorded import Chunk, Recorded
@@ -85,22 +86,26 @@ class Stack:
         Raises:
             Uncapturable: A step with one of these numbers of images cannot be recorded.
         """
-        lane, is_new = self.lanes[seat], seat not in self.needs
+        lane, joins = self.lanes[seat], seat not in self.needs or self.kind.loss is not None
         with self.device.work(), torch.no_grad():
             self._admit_loss(lane, seat)
             self.totals[seat].copy_(total)
-        if is_new:
+        if joins:
             self.device.join()
         self._need(self.needs[seat] | self.optimizer.parts(lane.optimizer))
         for size in sorted(sizes, reverse=True):
             self._recorded(size)
 
     def _admit_loss(self, lane: Lane, seat: int) -> None:
-        """Overwrite the row of a seat, unless its loss acts as in the epoch before."""
+        """Overwrite the row of a seat, unless its loss acts as in the epoch before.
+
+        A loss without a row may have other tensors from epoch to epoch.
+        """
         here = self.here[seat]
         acted = here.active
         here.advance(lane.progress)
-        if seat not in self.needs or acted != here.active:
+        changes = self.kind.loss is not None or acted != here.active
+        if seat not in self.needs or changes:
             self.needs[seat] = self.losses.admit(lane.loss, here, seat)
             for recorded in self.recorded.values():
                 recorded.admit()
