@@ -221,6 +221,14 @@ def test_default_that_is_among_the_best_is_not_trained_again_to_compare_the_rung
     assert len(set(uppers)) == len(uppers)
 
 
+def test_head_rung_proposes_by_tpe_where_a_gaussian_process_would_take_longer_than_its_trials(
+    make_session: MakeSession,
+) -> None:
+    session = make_session(**CLIMBING | {"search": {"algorithm": "gp"}})
+    samplers = [proposing(session, rung, 7).sampler for rung in ("head", "full")]
+    assert [type(sampler).__name__ for sampler in samplers] == ["CohortTPESampler", "GPSampler"]
+
+
 def test_what_decides_is_trained_on_both_rungs_before_the_decision(
     make_session: MakeSession, digits: Data
 ) -> None:

@@ -86,7 +86,7 @@ def test_what_a_ladder_cannot_do_is_said_with_the_way_out(
         space=SPACE, ladder={"rungs": rungs}, budget={"trials": trials, "epochs": epochs}
     )
     said = list(remarks(file))
-    assert len(said) == len(expected)
+    assert len(said) == len(expected), said
     for text, part in zip(said, expected, strict=True):
         assert part in text
         assert "raise budget." in text

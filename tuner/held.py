@@ -68,6 +68,8 @@ def remarks(file: StudyFile) -> Iterator[str]:
                 f"and {rung}, and it takes {FEWEST_PAIRS} to say whether they rank alike; raise "
                 f"{key}"
             )
+    if "head" in ladder.searched and file.search.algorithm == "gp":
+        yield "the head rung proposes by tpe: gp would take longer than the trials there"
     switch = ladder.deferred.switch
     if "deferred" in ladder.searched and switch > (epochs - 1) / epochs:
         yield (

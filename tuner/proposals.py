@@ -56,6 +56,9 @@ def proposing(
 def _algorithm(session: Session, rung: Rung, number: int, *, unseen: bool) -> str:
     """The study's own, or ``random`` where nothing is left open or nothing is known."""
     name = session.file.search.algorithm
+    if rung == "head" and name == "gp":
+        # A proposal of a Gaussian process takes a hundred times as long as a trial of this rung.
+        name = "tpe"
     blind = rung == "head" and name == "tpe" and is_blind(number)
     early = unseen and _unseen_before(session, rung, number) < STARTUP_TRIALS
     return "random" if rung == "confirm" or blind or early else name

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuner.errors import DataError
+from tuner.slots import usable_cores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,7 @@ def _threads(paths: Sequence[str]) -> int | None:
     """
     probed = [path for path in paths[:: len(paths) // 32 + 1] if os.path.exists(path)]
     mean_size = sum(os.path.getsize(path) for path in probed) / max(1, len(probed))
-    return 1 if mean_size < SMALL_FILE else os.cpu_count()
+    return 1 if mean_size < SMALL_FILE else usable_cores()
 
 
 def broken_images(broken: Sequence[str], total: int) -> str:

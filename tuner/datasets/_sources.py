@@ -16,6 +16,7 @@ from tuner.datasets._data import Identity
 from tuner.datasets._decode import decoded
 from tuner.datasets._images import Images, MappedImages, ResidentImages, StreamedImages
 from tuner.datasets._stored import WORTH_KEEPING, stored
+from tuner.slots import usable_cores
 
 DIGEST_EDGE = 8 * 1024
 """Bytes read at either end of a file for its digest.
@@ -115,7 +116,7 @@ class FolderSource:
     def _digests(self, indices: Tensor) -> list[bytes]:
         """Content digest of each file; none is read twice."""
         unknown = [i for i in indices.tolist() if i not in self.known]
-        with ThreadPool(os.cpu_count()) as pool:
+        with ThreadPool(usable_cores()) as pool:
             found = pool.map(_file_digest, self._files(torch.tensor(unknown)), chunksize=64)
         self.known.update(zip(unknown, found, strict=True))
         return [self.known[i] for i in indices.tolist()]

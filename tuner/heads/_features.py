@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from tuner.datasets import Data, Images
 from tuner.errors import TunerError
 from tuner.models import Classifier
 from tuner.seeding import generator
+from tuner.slots import own_cores
 
 LAYOUT = "tuner-features-1"
 BATCH, PIXELS = 512, 2**21
 """Most images, and most pixels of a channel, that are loaded at a time."""
-MAX_LOADERS = 4
 
 log = logging.getLogger(__name__)
 
@@ -200,8 +199,8 @@ class _Maker:
     ) -> Tensor:
         """Features (N, D) in the order of the images, augmented if there are ``draws``."""
         batches = torch.split(torch.arange(len(images)), batch_size(images.shape))
-        workers = min(MAX_LOADERS, os.cpu_count() or 1)
-        loaded = images.batches(batches, workers=workers, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        loaded = images.batches(batches, workers=own_cores(), pin=pin)
         made = []
         for indices, batch in zip(batches, loaded, strict=True):
             if self.stop():
