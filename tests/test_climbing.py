@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import at, compared, ladder_lines, promoted, twins
 from tuner.datasets import Data
+from tuner.doubts import cautions
 from tuner.ladder import rung_of
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
 from tuner.tickets import fill_queue, ladder_state
@@ -227,6 +228,25 @@ def test_head_rung_proposes_by_tpe_where_a_gaussian_process_would_take_longer_th
     session = make_session(**CLIMBING | {"search": {"algorithm": "gp"}})
     samplers = [proposing(session, rung, 7).sampler for rung in ("head", "full")]
     assert [type(sampler).__name__ for sampler in samplers] == ["CohortTPESampler", "GPSampler"]
+
+
+@pytest.mark.parametrize(("seconds", "is_dear"), [(0.1, False), (10.0, True)])
+def test_study_whose_head_rung_took_longer_than_its_trainings_says_so(
+    make_session: MakeSession, digits: Data, seconds: float, is_dear: bool
+) -> None:
+    def timed(attempt: Any) -> float:
+        attempt.note({"seconds": seconds if rung_of(attempt) == "head" else 5.0})
+        return merit(attempt)
+
+    def said() -> bool:
+        return any("the head rung took" in line for line in cautions(session))
+
+    session = make_session(**CLIMBING)
+    while len(at(session, "full")) < 2:
+        end_next(session, digits, timed)
+    assert not said(), "the full rung is not over"
+    climb_to_the_top(session, digits, timed)
+    assert said() == is_dear
 
 
 def test_what_decides_is_trained_on_both_rungs_before_the_decision(

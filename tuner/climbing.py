@@ -204,9 +204,10 @@ def twins(
             continue
         plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
         twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
-        if twin is None or attrs["digest"] in seen or _is_same_training(twin, trial):
+        recipe = attrs.get("digest", str(trial.number))
+        if twin is None or recipe in seen or _is_same_training(twin, trial):
             continue
-        seen.add(attrs["digest"])
+        seen.add(recipe)
         found.append((twin, trial))
     return found
 

@@ -8,8 +8,9 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner.augment import MIXING
+from tuner.climbing import at, is_over
 from tuner.imbalance import class_entropy
-from tuner.ladder import rung_of
+from tuner.ladder import Rung, rung_of
 from tuner.pruning import is_at_chance
 from tuner.session import Session
 
@@ -18,7 +19,7 @@ LITTLE = 1 / 3
 
 
 def cautions(session: Session) -> Iterator[str]:
-    """That nothing keeps the floor, and that plain cross-entropy learnt nothing, or little."""
+    """That nothing keeps the floor, plain cross-entropy learnt little, or a rung was too dear."""
     best, baseline = session.best_found(), session.baseline()
     if best is not None and not session.keeps_floor(best):
         floor = session.file.objective.floor
@@ -33,6 +34,7 @@ def cautions(session: Session) -> Iterator[str]:
         )
     else:
         yield from _little_learnt(session, baseline)
+    yield from _dear_head(session)
 
 
 def _guesses(session: Session, baseline: FrozenTrial) -> bool:
@@ -58,3 +60,20 @@ def _little_learnt(session: Session, baseline: FrozenTrial) -> Iterator[str]:
             f"{loss:.2f}, and knowing class frequencies alone gives {alone:.2f}; longer trainings "
             "(budget.epochs) or a larger model may rank the recipes otherwise"
         )
+
+
+def _dear_head(session: Session) -> Iterator[str]:
+    """That the cheap rung was not: where networks are small or classes many."""
+    if not {"head", "full"} <= set(session.file.ladder.rungs) or not is_over(session, "full"):
+        return
+    head, full = (_seconds(session, rung) for rung in ("head", "full"))
+    if head > full:
+        yield (
+            f"the head rung took {head:.0f} s of slots and the full rung {full:.0f} s: where "
+            "trainings are this short, fewer trials of the head rung (ladder.head.trials), or "
+            "none, leave more time to full"
+        )
+
+
+def _seconds(session: Session, rung: Rung) -> float:
+    return sum(t.user_attrs.get("seconds") or 0.0 for t in at(session, rung))
