@@ -344,6 +344,18 @@ def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
     assert {rung_of(t) for t in session.trials()} == {"full"}
 
 
+@pytest.mark.parametrize(("before", "after"), [(merit, merit), (merit, opposite)])
+@pytest.mark.parametrize("trials", [25, 41, 83])
+def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
+    before: Any, after: Any, trials: int, make_session: MakeSession, digits: Data
+) -> None:
+    strict = CLIMBING | {"ladder": {**CLIMBING["ladder"], "trust": 0.9}}
+    climb_to_the_top(make_session(**strict), digits, before)
+    larger = make_session(**strict | {"budget": {"trials": trials, "epochs": 3}})
+    ended = climb_to_the_top(larger, digits, after)
+    assert Counter(rung_of(t) for t in ended) == {"head": 40, "full": trials}
+
+
 def test_a_larger_budget_goes_on_from_the_top(make_session: MakeSession, digits: Data) -> None:
     climb_to_the_top(make_session(**CLIMBING), digits, merit)
     larger = make_session(**CLIMBING | {"budget": {"trials": 31, "epochs": 3}})
