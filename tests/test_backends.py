@@ -208,3 +208,27 @@ def test_choice_changes_the_digest(digits: Data) -> None:
     half = recipe(training={"batch_size": 64, "precision": "bfloat16"})
     assert half.digest() != recipe().digest()
     assert replace(half, seed=8).digest() != half.digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "probes"),
+    [
+        ({"model": {"name": "mlp", "dropout": 0.3}}, 1),
+        ({"model": {"name": "mlp", "dropout": 0.0}}, 2),
+        ({"model": {"name": "mlp", "dropout": 0.1, "width": 32}}, 2),
+        ({"training": {"batch_size": 100}}, 1),
+        ({"training": {"batch_size": 256}}, 2),
+    ],
+)
+def test_what_a_search_varies_without_another_speed_is_not_measured_anew(
+    changes: dict[str, Any],
+    probes: int,
+    cache: Path,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found(monkeypatch, MEASURED)
+    first = {"model": {"name": "mlp", "dropout": 0.1}, "training": {"batch_size": 128}}
+    for parts in (first, first | changes):
+        speeds(recipe(**parts), digits, "cpu")
+    assert len(json.loads(cache.read_text())) == probes

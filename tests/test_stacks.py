@@ -13,7 +13,9 @@ from replayed import HostGraphs, Replaying
 from trainer_cases import Trained, recipe, trained
 
 from tuner.datasets import Data
+from tuner.lane import Lane
 from tuner.stacks import Stacks
+from tuner.stacks._kind import kind_of
 from tuner.trainer import epochs
 
 WEIGHTED = {"name": "weighted_cross_entropy", "power": 0.5}
@@ -147,3 +149,23 @@ def test_idle_stacks_are_dropped_when_memory_is_needed(digits: Data, replaying: 
     assert replaying.stacks.stacks
     replaying.stacks.free()
     assert not replaying.stacks.stacks
+
+
+@pytest.mark.parametrize(
+    ("augment", "is_alike"),
+    [
+        ({"mix_until": 0.5}, True),
+        ({"remix": True, "tail_strength": 1.0}, True),
+        ({"crop_padding": 2}, False),
+        ({"mixup": 0.4}, False),
+    ],
+)
+def test_lanes_whose_augmentations_do_the_same_are_of_one_kind(
+    augment: dict[str, Any], is_alike: bool, digits: Data
+) -> None:
+    kinds = []
+    for more in ({}, augment):
+        lane = Lane(recipe(augment={"name": "standard", **more}), digits, "cpu")
+        lane.begin_epoch()
+        kinds.append(kind_of(lane))
+    assert (kinds[0] == kinds[1]) == is_alike
