@@ -228,7 +228,8 @@ def test_what_a_search_varies_without_another_speed_is_not_measured_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found(monkeypatch, MEASURED)
-    first = {"model": {"name": "mlp", "dropout": 0.1}, "training": {"batch_size": 128}}
+    model, training = {"name": "mlp", "dropout": 0.1}, {"batch_size": 128}
+    first: dict[str, Any] = {"model": model, "training": training}
     for parts in (first, first | changes):
         speeds(recipe(**parts), digits, "cpu")
     assert len(json.loads(cache.read_text())) == probes
