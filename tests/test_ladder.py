@@ -181,6 +181,16 @@ def test_correlation_of_few_or_equal_values_is_not_defined_and_a_perfect_one_sta
     assert 0.8 < found[1].low < 1.0
 
 
+@pytest.mark.parametrize("alike", ["head", "full"])
+def test_recipes_that_cannot_be_ranked_are_not_called_few(alike: str) -> None:
+    pairs = [(0.5, n / 10) if alike == "head" else (n / 10, 0.5) for n in range(FEWEST_PAIRS)]
+    found = agreement("head", "full", pairs)
+    assert not found.is_low(1.0)
+    assert (
+        str(found) == f"all 6 recipes trained on both head and full have the same value on {alike}"
+    )
+
+
 def test_few_pairs_decide_nothing_and_say_so() -> None:
     pairs = [(n / 10, -n / 10) for n in range(FEWEST_PAIRS)]
     few = agreement("head", "full", pairs[:-1])

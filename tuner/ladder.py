@@ -216,7 +216,9 @@ class Agreement:
         if len(self.pairs) < FEWEST_PAIRS:
             return f"too few recipes trained on both {both} to compare them ({len(self.pairs)})"
         if self.correlation is None or self.interval is None:
-            return f"all {len(self.pairs)} recipes trained on both {both} have one value there"
+            alike = self.upper if len({upper for _, upper in self.pairs}) == 1 else self.lower
+            count = len(self.pairs)
+            return f"all {count} recipes trained on both {both} have the same value on {alike}"
         low, high = self.interval.low, self.interval.high
         found = f"{self.correlation:.2f} [{low:.2f}, {high:.2f}]"
         return f"{both} rank {len(self.pairs)} recipes with correlation {found}"

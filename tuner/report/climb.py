@@ -40,7 +40,10 @@ def _row(row: RungRow) -> list[object]:
     if short:
         trials += f" ({short:,} not to the end)"
     promoted = "–" if row.promoted is None else f"{row.promoted:,}"
-    times = (_time(row.seconds), _time(row.per_trial))
+    # In a narrow column a time would be broken within its word.
+    times = (
+        element("span", _time(seconds), class_="number") for seconds in (row.seconds, row.per_trial)
+    )
     name = element("span", row.rung, class_="number")
     return [name, trials, promoted, *times, row.why_held]
 

@@ -25,7 +25,7 @@ from tuner.rungs.head import run_cohort
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory, smaller
 from tuner.rungs.outcome import OnEpoch, Outcome, Slot, State
 from tuner.rungs.recipes import equivalent, resolve
-from tuner.rungs.results import complete, constrain, finish
+from tuner.rungs.results import complete, constrain, finish, interrupted
 from tuner.rungs.training import Complete, Pruned, Stopped, Training, metrics_of
 from tuner.stores import StoreError
 
@@ -154,11 +154,7 @@ def _conclude(attempt: Attempt, training: Training, done: Complete | Pruned | St
     if isinstance(done, Pruned):
         attempt.note({"metrics": metrics_of(done.assessment), "seconds": training.seconds})
         return _end(attempt, "pruned", done.reason)
-    if attempt.is_lost:
-        raise LeaseLostError
-    reason = attempt.why_stopped()
-    attempt.give_back("preempted", reason)
-    return Outcome(attempt.number, "interrupted", reason)
+    return interrupted(attempt)
 
 
 def _copy(attempt: Attempt, known: FrozenTrial) -> Outcome:

@@ -26,7 +26,7 @@ from tuner.rungs.attempt import LEAVING_SECONDS, Attempt, attempts_at
 from tuner.rungs.memory import free, is_device_broken, is_out_of_memory
 from tuner.rungs.outcome import Outcome, Slot
 from tuner.rungs.recipes import kept_trials, resolve
-from tuner.rungs.results import constrain
+from tuner.rungs.results import constrain, interrupted
 from tuner.rungs.training import metrics_of
 from tuner.trained import Backbone, assembled, backbone, features_folder
 
@@ -47,7 +47,7 @@ def run_cohort(
     try:
         found = _backbone(slot, lambda: stop() or slot.pulse.interrupts(attempt.lease))
     except Stopped:
-        return _interrupted(attempt)
+        return interrupted(attempt)
     session, pulse = slot.session, slot.pulse
     leases = session.ledger.claim_alike(pulse.worker, "head", _share(slot) - 1)
     others = attempts_at(session, leases, pulse)
@@ -107,15 +107,6 @@ def _backbone(slot: Slot, stop: Callable[[], bool]) -> Backbone:
         folder = features_folder()
         slot.backbone = backbone(slot.session, slot.data, slot.device, folder, stop)
     return slot.backbone
-
-
-def _interrupted(attempt: Attempt) -> Outcome:
-    """Put a trial back that waited for the backbone when somebody asked to stop."""
-    if attempt.is_lost:
-        raise LeaseLostError
-    reason = attempt.why_stopped()
-    attempt.give_back("preempted", reason)
-    return Outcome(attempt.number, "interrupted", reason)
 
 
 def _put_back(slot: Slot, attempts: Sequence[Attempt]) -> None:

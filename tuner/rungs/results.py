@@ -10,8 +10,10 @@ from optuna.trial import TrialState
 from tuner import artifacts
 from tuner.evaluation import extras, intervals, recalls
 from tuner.ladder import rung_of
+from tuner.ledger import LeaseLostError
 from tuner.models import head_state
 from tuner.rungs.attempt import Attempt
+from tuner.rungs.outcome import Outcome
 from tuner.rungs.recipes import kept_trials
 from tuner.rungs.training import Complete, Training, metrics_of
 from tuner.stores import StoreError
@@ -89,3 +91,16 @@ def _keep_weights(attempt: Attempt, training: Training, result: EpochResult) -> 
         meta = {**training.identity, "digest": training.recipe.digest()}
         artifacts.save_weights(training.store, result.lane.model, meta)
         artifacts.keep_weights_only_of(attempt.session.store, kept_trials(attempt.session))
+
+
+def interrupted(attempt: Attempt) -> Outcome:
+    """Put a trial back that somebody asked to stop: it goes on from its checkpoint.
+
+    Raises:
+        LeaseLostError: It is another worker's by now.
+    """
+    if attempt.is_lost:
+        raise LeaseLostError
+    reason = attempt.why_stopped()
+    attempt.give_back("preempted", reason)
+    return Outcome(attempt.number, "interrupted", reason)
