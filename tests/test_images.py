@@ -77,6 +77,22 @@ def test_sixteen_bit_grey_keeps_its_contrast(tmp_path: Path) -> None:
     assert np.array_equal(decode(str(tmp_path / "a.png"), 8, 1)[0], ramp // 256)
 
 
+@pytest.mark.parametrize("brightest", [1.0, 65535.0])
+def test_floating_point_pixels_that_would_become_black_or_white_are_refused(
+    tmp_path: Path, brightest: float
+) -> None:
+    ramp = np.linspace(0, brightest, 64).reshape(8, 8).astype(np.float32)
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a.tif \(pixels from 0 to .*; save them as whole numbers"):
+        decode(str(tmp_path / "a.tif"), 8, 1)
+
+
+def test_floating_point_pixels_from_0_to_255_are_kept(tmp_path: Path) -> None:
+    ramp = np.arange(64).reshape(8, 8).astype(np.float32)
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    assert np.array_equal(decode(str(tmp_path / "a.tif"), 8, 1)[0], ramp)
+
+
 def test_a_photo_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
     pixels = picture(4, 8, 8)
     exif = Image.Exif()

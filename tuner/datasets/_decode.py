@@ -171,7 +171,15 @@ def _centre_square(image: Image, size: int) -> Image:
 
 
 def _eight_bit(image: Image) -> Image:
-    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it to white."""
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it to white.
+
+    Raises:
+        ValueError: Its pixels are floating-point numbers that would become black or white.
+    """
+    if image.mode == "F":
+        low, high = np.asarray(image).min(), np.asarray(image).max()
+        if not (low >= 0 and 1 < high <= 255):
+            raise ValueError(f"pixels from {low:g} to {high:g}; save them as whole numbers")
     if not image.mode.startswith("I"):
         return image
     from PIL.Image import fromarray
