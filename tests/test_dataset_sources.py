@@ -86,6 +86,40 @@ def test_folder_that_may_not_be_read_is_named(
         folder(tmp_path / "set").build()
 
 
+def test_images_that_are_not_there_are_named_in_every_part(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        photos(tmp_path / part, {"cat": 5, "dog": 5})
+    gone = tmp_path / "test" / "cat" / "gone.png"
+    gone.symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=rf"1 of .* images cannot be decoded: {gone} \(No such"):
+        folder(tmp_path).build()
+
+
+def test_class_folders_whose_name_is_not_utf_8_are_refused(tmp_path: Path) -> None:
+    photos(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "dog").rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/se\xf1al")))
+    with pytest.raises(DataError, match=r"b'se\\xf1al' has a name that is not UTF-8; rename it"):
+        folder(tmp_path).build()
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "../dog"])
+def test_a_link_back_to_a_folder_above_it_brings_no_image_twice(
+    tmp_path: Path, target: str
+) -> None:
+    photos(tmp_path / "set", {"cat": 5, "dog": 5, "dog/more": 2})
+    (tmp_path / "set" / "dog" / "again").symlink_to(target)
+    data = folder(tmp_path / "set", test_fraction=0).build()
+    assert data.pool_counts.tolist() == [5, 7]
+
+
+def test_linked_folders_of_images_are_read(tmp_path: Path) -> None:
+    photos(tmp_path / "set", {"cat": 5, "dog": 5})
+    photos(tmp_path, {"elsewhere": 3}, first=20)
+    (tmp_path / "set" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
+    data = folder(tmp_path / "set", test_fraction=0).build()
+    assert data.pool_counts.tolist() == [5, 8]
+
+
 def test_a_test_class_that_is_not_trained_is_refused(tmp_path: Path) -> None:
     photos(tmp_path / "train", {"cat": 5, "dog": 5})
     photos(tmp_path / "test", {"cat": 5, "emu": 5})

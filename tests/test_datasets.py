@@ -147,6 +147,23 @@ def test_one_changed_byte_in_a_file_is_noticed_at_either_end(tmp_path: Path) -> 
     assert len(seen) == 3
 
 
+def drawings(root: Path, first: int) -> Path:
+    """Uncompressed images of 128x128 that differ in their middle only."""
+    for number, name in enumerate(["cat"] * 6 + ["dog"] * 6):
+        pixels = np.zeros((128, 128, 3), dtype=np.uint8)
+        pixels[50:78, 50:78] = np.random.default_rng(first + number).integers(0, 256, (28, 28, 3))
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / name / f"{number}.bmp")
+    return root
+
+
+def test_uncompressed_images_on_the_same_background_are_told_apart(tmp_path: Path) -> None:
+    one = folder(drawings(tmp_path / "a" / "set", 0)).build()
+    other = folder(drawings(tmp_path / "b" / "set", 100)).build()
+    assert not [line for line in one.warnings if "are in the" in line]
+    assert one.fingerprint != other.fingerprint
+
+
 def test_given_parts_are_taken_as_they_are(tmp_path: Path) -> None:
     photos(tmp_path / "train", {"cat": 10, "dog": 10})
     photos(tmp_path / "valid", {"cat": 3, "dog": 1}, first=100)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -15,6 +14,7 @@ from tuner.datasets._base import DATASETS, Dataset, resolve
 from tuner.datasets._decode import DECODER
 from tuner.datasets._download import fetch
 from tuner.datasets._sources import FolderSource, Sources
+from tuner.datasets._walk import files_below, refuse_no_text, subfolders
 from tuner.errors import DataError
 from tuner.registry import component
 
@@ -80,13 +80,14 @@ def scan(root: Path) -> _Folder:
             f"{root}: there is no such folder; correct the root of the data, or say with --data "
             "or TUNER_DATA which folder it is relative to"
         )
-    folders = _subfolders(root)
+    folders = subfolders(root)
     if not folders:
         raise DataError(
             f"{root}: it has no class folders; put the images of each class in a folder of "
             "their own, named after the class"
         )
-    files = {name: sorted(_files(root, name)) for name in folders}
+    refuse_no_text(root, folders)
+    files = {name: sorted(files_below(root, name)) for name in folders}
     classes = {name: [path for path in paths if _is_image(path)] for name, paths in files.items()}
     others = (path for paths in files.values() for path in paths)
     unread = tuple(path for path in others if path.lower().endswith(UNREAD_SUFFIXES))
@@ -106,7 +107,7 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         hint = f". If the folders in {only} are the classes, that is the root"
         raise DataError(
             f"{train.root}: it has one class only ({names[0]!r}); a classifier needs two or more"
-            + (hint if len(_subfolders(only)) > 1 else "")
+            + (hint if len(subfolders(only)) > 1 else "")
         )
     sources = {part: folder.source(names, size, channels) for part, folder in parts.items()}
     return Sources(
@@ -156,7 +157,7 @@ class ImageFolder(_ImageFiles):
         parts = {part: scan(path) for part, path in folders.items()}
         sources = combine(parts, size=self.image_size, channels=self.channels)
         used = {path.name for path in folders.values()}
-        ignored = [] if folders["train"] == root else sorted(set(_subfolders(root)) - used)
+        ignored = [] if folders["train"] == root else sorted(set(subfolders(root)) - used)
         if not ignored:
             return sources
         warning = f"{root}: folders that are no part and were passed over: {', '.join(ignored)}"
@@ -231,7 +232,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
     if not (root / "train").is_dir():
         _refuse_parts_without_training(root)
         return {"train": root}
-    if not _subfolders(root / "train") or any(
+    if not subfolders(root / "train") or any(
         _is_image(entry.name) for entry in (root / "train").iterdir()
     ):
         return {"train": root}
@@ -246,7 +247,7 @@ def _part_folders(root: Path) -> dict[str, Path]:
 
 
 def _refuse_parts_without_training(root: Path) -> None:
-    folders = _subfolders(root) if root.is_dir() else []
+    folders = subfolders(root) if root.is_dir() else []
     if folders and set(folders) <= {name for names in PART_NAMES.values() for name in names}:
         raise DataError(f"{root / 'train'}: there is no such folder beside {', '.join(folders)}")
 
@@ -260,28 +261,6 @@ def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
             f"({', '.join(IMAGE_SUFFIXES)}){others}; fill it or remove it"
         )
     return _Folder(root, classes)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
-    except OSError as error:
-        _refuse_unreadable(error)
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise DataError(
-        f"{error.filename}: cannot be read ({error.strerror}); allow it, or take it out of the data"
-    ) from error
-
-
-def _files(root: Path, name: str) -> Iterator[str]:
-    """Paths of the files of a class, relative to ``root``, at any depth."""
-    for base, folders, files in os.walk(root / name, onerror=_refuse_unreadable, followlinks=True):
-        folders[:] = [folder for folder in folders if folder[0] != "."]
-        inside = Path(base).relative_to(root).as_posix()
-        yield from (f"{inside}/{file}" for file in files if file[0] != ".")
 
 
 def _is_image(file: str) -> bool:
