@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tuner.datasets import MappedImages, ResidentImages, StreamedImages, _ahead, _images, _padded
@@ -100,6 +101,42 @@ def test_a_photo_is_turned_as_its_camera_noted(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     decoded = decode(str(tmp_path / "a.png"), 8, 3).transpose(1, 2, 0)
     assert np.array_equal(decoded, np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_turn_is_that_of_pillow(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(4, 8, 8)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(decode(str(tmp_path / "a.png"), 8, 3).transpose(1, 2, 0), expected)
+
+
+RESOLUTION_UNIT_AS_TEXT = struct.pack("<HHI4s", 0x0128, 2, 2, b"2")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize(
+    ("damaged", "turned"),
+    [
+        (struct.pack("<4sIH", b"II*\0", 8, 2) + RESOLUTION_UNIT_AS_TEXT, True),
+        (b"no data at all", False),
+        (b"II*\0", False),
+    ],
+    ids=["number as text", "no header", "cut short"],
+)
+def test_a_photo_with_damaged_exif_data_is_read_at_every_size(
+    tmp_path: Path, damaged: bytes, turned: bool, suffix: str
+) -> None:
+    orientation = struct.pack("<HHIII", 0x0112, 3, 1, 3, 0) if turned else b""
+    path, pixels = tmp_path / f"a{suffix}", picture(5, 96, 96)
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + damaged + orientation, quality=95)
+    for size in (8, 96):
+        upright = np.rot90(pixels, 2) if turned else pixels
+        expected = np.asarray(Image.fromarray(upright).resize((size, size), 2))
+        found = decode(str(path), size, 3).transpose(1, 2, 0)
+        assert np.abs(found.astype(int) - expected).mean() < 4
 
 
 def test_all_broken_files_are_counted_and_five_are_named(tmp_path: Path, files: list[str]) -> None:

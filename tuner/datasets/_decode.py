@@ -147,15 +147,38 @@ def _by_torchvision(path: str, size: int, channels: int) -> NDArray[np.uint8]:
 
 
 def _by_pillow(image: Image, size: int, channels: int) -> NDArray[np.uint8]:
-    from PIL import ImageOps
-
     mode = "L" if channels == 1 else "RGB"
     # A JPEG far larger than needed is decoded at 1/2, 1/4 or 1/8; twice the wanted size is left
     # for the antialiased scaling.
     image.draft(mode, (DRAFTED // 2 * size, DRAFTED // 2 * size))
-    ImageOps.exif_transpose(image, in_place=True)
-    pixels = np.asarray(_centre_square(_eight_bit(image).convert(mode), size))
+    upright = _eight_bit(_upright(image))
+    pixels = np.asarray(_centre_square(upright.convert(mode), size))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _upright(image: Image) -> Image:
+    """The picture turned as its EXIF data, or XMP data, say; as it is where they are damaged.
+
+    ``ImageOps.exif_transpose`` also writes all data anew, and fails where one is of another type
+    than it should be.
+    """
+    from PIL.ExifTags import Base
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises whatever damaged data lead it to
+        return image
+    turn = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _centre_square(image: Image, size: int) -> Image:
