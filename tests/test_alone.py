@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tuner.alone import ABANDONED_SECONDS, Stopped, alone, half_written, make_room, note_use
+from tuner.alone import (
+    ABANDONED_SECONDS,
+    Stopped,
+    alone,
+    cache_folder,
+    half_written,
+    make_room,
+    note_use,
+)
 
 
 @pytest.fixture
@@ -27,6 +36,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("TUNER_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+    monkeypatch.delenv("TUNER_CACHE")
+    assert cache_folder().parent == Path(tempfile.gettempdir())
 
 
 def test_who_waits_hears_a_request_to_stop(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fleet import run_next
 from trainer_cases import recipe, trained
 
 from tuner import backends
-from tuner.backends import PRECISIONS, SMALLEST, Speed, fastest, settled, speeds
+from tuner.backends import PRECISIONS, SMALLEST, Speed, all_speeds, fastest, settled, speeds
 from tuner.datasets import Data
 from tuner.lane import Lane
 from tuner.recipe import Recipe
@@ -129,6 +129,19 @@ def test_damaged_or_unwritable_cache_costs_a_probe_and_nothing_else(
     assert speeds(recipe(), digits, "cpu") == MEASURED
     monkeypatch.setenv("TUNER_CACHE", str(cache))
     assert speeds(recipe(), digits, "cpu") == MEASURED
+
+
+@pytest.mark.parametrize("rows", [[{"images": 1.0, "newer": 2}], ["torn"]])
+def test_speeds_that_another_version_wrote_are_measured_anew(
+    digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any]
+) -> None:
+    found(monkeypatch, MEASURED)
+    assert speeds(recipe(), digits, "cpu") == MEASURED
+    entries = json.loads(cache.read_text())
+    cache.write_text(json.dumps({key: {**entry, "rows": rows} for key, entry in entries.items()}))
+    assert list(all_speeds()) == []
+    assert speeds(recipe(), digits, "cpu") == MEASURED
+    assert speeds(recipe(), digits, "cpu") == [speed for _, each in all_speeds() for speed in each]
 
 
 def test_probing_leaves_the_global_generator_and_the_training_alone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +23,18 @@ class Stopped(Exception):
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again: ``TUNER_CACHE``, or the user's caches."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TUNER_CACHE") or Path(home) / "tuner")
+    """Where this machine keeps what can be made again: ``TUNER_CACHE``, or the user's caches.
+
+    A user of a container may have no home; then it is among the temporary files.
+    """
+    if own := os.environ.get("TUNER_CACHE"):
+        return Path(own)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "tuner"
+    try:
+        return Path.home() / ".cache" / "tuner"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"tuner-{os.getuid()}"
 
 
 @contextlib.contextmanager

@@ -131,37 +131,40 @@ def fastest(training: Any, measured: list[Speed], most: int | None = None) -> Sp
 def speeds(recipe: Recipe, data: Data, device: str) -> list[Speed]:
     """Training speed of each candidate for the recipe's model and batches on this device."""
     key = _key(recipe, data, device)
-    known = speeds_file.read(key)
-    return [Speed(**values) for values in known or _found(key, recipe, data, device)]
+    return _as_speeds(speeds_file.read(key)) or _found(key, recipe, data, device)
 
 
 def all_speeds() -> Iterator[tuple[str, list[Speed]]]:
     """What was measured on this machine: of which model and batches on what, and the speeds."""
     for of, rows in speeds_file.read_all():
-        try:
-            found = [Speed(**values) for values in rows]
-        except TypeError:  # another version of Tuner wrote it
-            continue
-        yield of, found
+        if found := _as_speeds(rows):
+            yield of, found
 
 
-def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[dict[str, Any]]:
+def _as_speeds(rows: speeds_file.Rows | None) -> list[Speed]:
+    """Rows of the file; none where another version of Tuner wrote them."""
+    try:
+        return [Speed(**values) for values in rows or ()]
+    except TypeError:
+        return []
+
+
+def _found(key: str, recipe: Recipe, data: Data, device: str) -> list[Speed]:
     """Measure, while nobody else on this machine does; what others found meanwhile is taken."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             stack.enter_context(alone(speeds_file.path()))
-        known = speeds_file.read(key)
-        if known is not None:
+        if known := _as_speeds(speeds_file.read(key)):
             return known
         name = dump_component("model", recipe.model)["name"]
         log.info("measuring how this machine trains the model %s fastest, once for all", name)
         resident = isinstance(data.train.images, ResidentImages)
         side_by_side = resident and torch.device(device).type == "cuda"
         measured = _side_by_side if side_by_side else _one_by_one
-        known = [vars(speed) for speed in measured(recipe, data, device)]
-        if known:
-            speeds_file.write(key, label(recipe, data, device), known)
-        return known
+        found = list(measured(recipe, data, device))
+        if found:
+            speeds_file.write(key, label(recipe, data, device), [vars(speed) for speed in found])
+        return found
 
 
 def _key(recipe: Recipe, data: Data, device: str) -> str:
