@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_folders import counts_of, dataset, folder, photos, pixels
+from image_folders import counts_of, dataset, folder, photos, pixels, save_image
 
 from tuner.datasets import ResidentImages
 from tuner.errors import DataError
@@ -84,6 +84,16 @@ def test_folder_that_may_not_be_read_is_named(
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=rf"{closed}: cannot be read \(Permission denied\)"):
         folder(tmp_path / "set").build()
+
+
+def test_an_image_beside_the_training_classes_does_not_make_classes_of_the_parts(
+    tmp_path: Path,
+) -> None:
+    for part in ("train", "val", "test"):
+        photos(tmp_path / part, {"cat": 5, "dog": 5})
+    save_image(tmp_path / "train" / "preview.png", 99)
+    with pytest.raises(DataError, match=r"train/preview.png: an image beside the class folders"):
+        folder(tmp_path).build()
 
 
 def test_images_that_are_not_there_are_named_in_every_part(tmp_path: Path) -> None:

@@ -232,9 +232,11 @@ def _part_folders(root: Path) -> dict[str, Path]:
     if not (root / "train").is_dir():
         _refuse_parts_without_training(root)
         return {"train": root}
-    if not subfolders(root / "train") or any(
-        _is_image(entry.name) for entry in (root / "train").iterdir()
-    ):
+    folders = subfolders(root / "train")
+    images = sorted(e.name for e in (root / "train").iterdir() if _is_image(e.name))
+    if folders and images:
+        _refuse_stray_image(root, images[0])
+    if not folders or images:
         return {"train": root}
     parts = {"train": root / "train"}
     for part, spellings in PART_NAMES.items():
@@ -246,9 +248,22 @@ def _part_folders(root: Path) -> dict[str, Path]:
     return parts
 
 
+def _refuse_stray_image(root: Path, image: str) -> None:
+    """Of nothing but parts an image in the wrong place must not make classes."""
+    if set(subfolders(root)) <= {"train", *_part_names()}:
+        raise DataError(
+            f"{root / 'train' / image}: an image beside the class folders of the training part; "
+            "move it into the folder of its class, or remove it"
+        )
+
+
+def _part_names() -> set[str]:
+    return {name for names in PART_NAMES.values() for name in names}
+
+
 def _refuse_parts_without_training(root: Path) -> None:
     folders = subfolders(root) if root.is_dir() else []
-    if folders and set(folders) <= {name for names in PART_NAMES.values() for name in names}:
+    if folders and set(folders) <= _part_names():
         raise DataError(f"{root / 'train'}: there is no such folder beside {', '.join(folders)}")
 
 
