@@ -35,6 +35,7 @@ storage
 ledger
 proxy
 fit pulse shares ended plain
+planned
 climbing held
 confirm
 rounds

@@ -12,10 +12,11 @@ from conftest import MakeSession
 from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import at, compared, ladder_lines, promoted, twins
+from tuner.climbing import compared, ladder_lines, promoted, twins
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.ladder import rung_of
+from tuner.planned import at
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
 from tuner.tickets import fill_queue, ladder_state
 

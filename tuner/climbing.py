@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from tuner.entries import Fixed
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
 from tuner.plain import shared_out
+from tuner.planned import at, is_planned, planned
 from tuner.shares import (
     COMPARES,
     Ticket,
@@ -51,17 +52,7 @@ def _has_backbone(session: Session) -> bool:
 def is_over(session: Session, rung: Rung) -> bool:
     """Whether all trials of a rung have ended."""
     own = at(session, rung)
-    return len(own) >= budget(session.file, rung) and all(t.state.is_finished() for t in own)
-
-
-def at(session: Session, rung: Rung) -> list[FrozenTrial]:
-    """Trials of a rung but for those beyond the budget."""
-    return [t for t in session.trials() if rung_of(t) == rung and _is_planned(t)]
-
-
-def _is_planned(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of the budget, and takes no other's place."""
-    return not {"retry_of", "again"} & trial.user_attrs.keys()
+    return len(own) >= planned(session, rung) and all(t.state.is_finished() for t in own)
 
 
 def early(session: Session) -> list[Ticket]:
@@ -75,7 +66,7 @@ def early(session: Session) -> list[Ticket]:
 
 
 def _first(session: Session, rung: Rung) -> Iterator[Ticket]:
-    open_ = room(session.file, rung)
+    open_ = planned(session, rung) - (rung == "full")
     made = list(presets(session.file, rung))[:open_]
     yield from made
     yield from (({}, attrs_of(rung)) for _ in range(open_ - len(made)))
@@ -195,10 +186,10 @@ def twins(
     follow.
     """
     ended = session.ended()
-    lowest = [t for t in ended.given[lower] if _is_planned(t)]
+    lowest = [t for t in ended.given[lower] if is_planned(t)]
     defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
     found, seen = [], set[str]()
-    for trial in filter(_is_planned, ended.given[upper]):
+    for trial in filter(is_planned, ended.given[upper]):
         attrs = trial.user_attrs
         if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
             continue
@@ -231,7 +222,9 @@ def ladder_lines(session: Session) -> list[str]:
     for rung in ladder.searched:
         own = at(session, rung)
         ended = sum(t.state.is_finished() for t in own)
-        lines.append(f"{rung} {ended} of {budget(session.file, rung)} trials")
+        most = planned(session, rung)
+        fewer = ", as many as its share of the time allows" * (most < budget(session.file, rung))
+        lines.append(f"{rung} {ended} of {most} trials{fewer}")
         below = ladder.below(rung)
         if below is not None and any(map(is_judged, own)):
             found = compared(session, below, rung)

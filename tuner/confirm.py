@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import at
 from tuner.ladder import HasAttributes, is_judged
 from tuner.metrics import METRICS
 from tuner.plain import is_plain
+from tuner.planned import at
 from tuner.seeding import derive_seed
 from tuner.statistics import RepeatedDifference, repeated_difference
 

@@ -8,9 +8,10 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner.augment import MIXING
-from tuner.climbing import at, is_over
+from tuner.climbing import is_over
 from tuner.imbalance import class_entropy
 from tuner.ladder import Rung, rung_of
+from tuner.planned import at
 from tuner.pruning import is_at_chance
 from tuner.session import Session
 

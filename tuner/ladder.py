@@ -22,6 +22,8 @@ ACTING = ("loss", "sampler")
 
 LARGEST = 100_000
 FEWEST_PAIRS = 6
+FEWEST_HEADS = 100
+"""Trials of the head rung, if it has so many, whatever they take."""
 BASELINES = 2
 """Plain cross-entropy at the confirm rung: with its defaults, and tuned."""
 FEWEST_GOING_ON = 2
@@ -43,11 +45,14 @@ class HasAttributes(Protocol):
 class HeadRung(HeadTraining):
     """The rung that trains classifiers only, hundreds at once, on the features of one backbone.
 
-    ``trials``: how many. ``backbone``: ``baseline`` for the network of the study's plain
-    cross-entropy trial, ``initial`` for the model with the ``weights_file`` it is given.
+    ``trials``: how many at most. ``share``: above ``FEWEST_HEADS`` the rung ends once its trials
+    have taken that share of the time that training those of ``full`` takes. ``backbone``:
+    ``baseline`` for the network of the study's plain cross-entropy trial, ``initial`` for the
+    model with the ``weights_file`` it is given.
     """
 
     trials: Count = 1000
+    share: Annotated[float, Field(ge=0)] | Literal["unlimited"] = 0.1
     backbone: Literal["baseline", "initial"] = "baseline"
 
 
@@ -141,6 +146,11 @@ class Ladder:
         """The rung before ``rung``, if there is one."""
         place = self.rungs.index(rung)
         return self.rungs[place - 1] if place else None
+
+    def may_end_before(self, rung: Rung) -> bool:
+        """Whether a rung may have fewer trials than ``trials`` says: it depends on what is seen."""
+        limited = self.head.trials > FEWEST_HEADS and self.head.share != "unlimited"
+        return rung == "confirm" or (rung == "head" and limited and "full" in self.rungs)
 
     def trials(self, rung: Rung, budget: int) -> int:
         """How many trials a rung has at most, given those of the last one that searches."""

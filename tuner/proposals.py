@@ -8,11 +8,12 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import at, compared
+from tuner.climbing import compared
 from tuner.ended import by_number
 from tuner.ladder import Rung, is_judged, rung_of
 from tuner.ledger import View
 from tuner.plain import is_plain
+from tuner.planned import at
 from tuner.search import STARTUP_TRIALS, algorithm, cohort_tpe
 from tuner.seeding import derive_seed
 from tuner.session import Session

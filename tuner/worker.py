@@ -23,6 +23,7 @@ from tuner.errors import NameTakenError, TunerError
 from tuner.fit import check_data
 from tuner.goals import stop_if_reached
 from tuner.ledger import Lease, Ledger, Order, WorkerAliveError
+from tuner.planned import all_planned
 from tuner.pulse import Pulse, facts, is_gone
 from tuner.rungs.full import run
 from tuner.rungs.outcome import OnEpoch, Outcome, Slot
@@ -269,4 +270,4 @@ def progress(session: Session) -> dict[str, Any]:
     """Counts of trials by state, and how many the budget allows."""
     found = Counter(trial.state for trial in session.trials())
     counts = {state.name.lower(): found[state] for state in TrialState}
-    return {**counts, "budget": session.file.all_trials()}
+    return {**counts, "budget": all_planned(session)}

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tuner.cli import say
 from tuner.cli.show import describe, describe_cohort
+from tuner.planned import all_planned
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.supervisor import Sight
@@ -68,7 +69,7 @@ class Bars:
             console=Console(stderr=True),
             disable=not terminal,
         )
-        self.trials = self.progress.add_task("trials", total=session.file.all_trials(), note="")
+        self.trials = self.progress.add_task("trials", total=all_planned(session), note="")
         self.epochs = self.progress.add_task("epochs", total=None, note="starting")
 
     def __enter__(self) -> Bars:
@@ -91,7 +92,8 @@ class Bars:
         """Show what is known of the study."""
         best = "" if sight.best is None else f"best {sight.best[1]:.3f} (trial {sight.best[0]})"
         ended = sum(sight.counts[state] for state in ENDED)
-        self.progress.update(self.trials, completed=ended, note=best)
+        total = sight.counts["budget"]
+        self.progress.update(self.trials, completed=ended, total=total, note=best)
         done = [0 if row["epoch"] is None else row["epoch"] + 1 for row in sight.mine]
         speed = sum(row["speed"] or 0.0 for row in sight.mine)
         # A slot at the head rung trains no epochs and tells no speed.

@@ -93,6 +93,7 @@ def _rungs(file: StudyFile) -> list[dict[str, Any]]:
         {
             "rung": rung,
             "trials": file.ladder.trials(rung, file.trials()),
+            "may_end_before": file.ladder.may_end_before(rung),
             "searches": dict(searched_rows(file, rung)),
             "why_held": how_held(file, rung),
             "holds": dict(held_rows(file, rung)),
@@ -106,7 +107,7 @@ def _print_rungs(rungs: list[dict[str, Any]], count: int) -> None:
     apart = "" if has_full else "; before them, plain cross-entropy in full"
     print(f"the ladder, from the cheapest rung up{apart}:")
     for row in rungs:
-        most = "at most " if row["rung"] == "confirm" else ""
+        most = "at most " if row["may_end_before"] else ""
         print(f"  {row['rung']}: {most}{row['trials']} trials")
         if row["rung"] != "confirm":
             print(f"    searches {len(row['searches'])} of {count} hyperparameters")

@@ -16,6 +16,7 @@ from tuner.datasets import Data
 from tuner.evaluation import certainty
 from tuner.imbalance import imbalance_ratio
 from tuner.ladder import RUNGS
+from tuner.planned import all_planned
 from tuner.rungs.outcome import Outcome
 from tuner.session import Session
 from tuner.space import Space
@@ -67,7 +68,6 @@ class Display:
 
     def __init__(self, session: Session, *, terminal: bool) -> None:
         self.session, self.terminal = session, terminal
-        self.budget = session.file.all_trials()
         self.best: float | None = None
         self.ended = 0
         self.at_hand: dict[int, int] = {}
@@ -80,7 +80,7 @@ class Display:
             console=Console(stderr=True),
             disable=not terminal,
         )
-        self.trials = self.bars.add_task("trials", total=self.budget, note="")
+        self.trials = self.bars.add_task("trials", total=all_planned(session), note="")
         self.epochs = self.bars.add_task("epochs", total=session.file.budget.epochs, note="")
 
     def __enter__(self) -> Display:
@@ -128,7 +128,7 @@ class Display:
             if outcome.state == "failed":
                 self.bars.console.print(f"trial {outcome.number} failed: {outcome.reason}")
             return
-        log.info("trial %d/%d %s", outcome.number, self.budget - 1, describe(outcome))
+        log.info("trial %d/%d %s", outcome.number, all_planned(self.session) - 1, describe(outcome))
 
     def cohort(self, outcomes: Sequence[Outcome], seconds: float) -> None:
         """Show how trials ended that were trained together."""
@@ -144,7 +144,8 @@ class Display:
     def _show_best(self) -> None:
         best = self.session.best()
         note = "" if best is None else f"best {best.value:.3f} (trial {best.number})"
-        self.bars.update(self.trials, completed=self.ended, note=note)
+        total = all_planned(self.session)
+        self.bars.update(self.trials, completed=self.ended, total=total, note=note)
 
 
 def describe(outcome: Outcome) -> str:

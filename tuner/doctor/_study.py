@@ -13,6 +13,7 @@ from tuner.doctor._finding import Finding, fail, ok, warn
 from tuner.doctor._speeds import known_speeds, speeds_of
 from tuner.doctor._storage import has_tables
 from tuner.errors import StorageError, StudyFileError, TunerError
+from tuner.planned import all_planned
 from tuner.session import Session, join
 from tuner.stores import open_store
 
@@ -60,7 +61,7 @@ def _trials(session: Session) -> Iterator[Finding]:
     name, trials = session.file.name, session.trials()
     counts = Counter(trial.state.name.lower() for trial in trials)
     found = ", ".join(f"{number} {state}" for state, number in counts.items()) or "none"
-    yield ok("trials", f"{found} of {session.file.all_trials()}")
+    yield ok("trials", f"{found} of {all_planned(session)}")
     retried = {t.user_attrs.get("retry_of") for t in trials}
     failed = [t for t in trials if t.state == TrialState.FAIL and t.number not in retried]
     if failed:

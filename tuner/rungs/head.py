@@ -20,6 +20,7 @@ from tuner.heads import COHORT, HeadResult, train_heads
 from tuner.ladder import rung_of
 from tuner.ledger import LeaseLostError
 from tuner.metrics import METRICS
+from tuner.planned import at, planned
 from tuner.proposals import forget
 from tuner.recipe import Recipe
 from tuner.rungs.attempt import LEAVING_SECONDS, Attempt, attempts_at
@@ -95,10 +96,8 @@ def _may_do_with_fewer(slot: Slot, error: BaseException, others: int) -> bool:
 def _share(slot: Slot) -> int:
     """Trials to train at once, one of them claimed already, so that all workers end together."""
     session = slot.session
-    own = [trial for trial in session.trials() if rung_of(trial) == "head"]
-    waiting = sum(trial.state == TrialState.WAITING for trial in own)
-    planned = session.file.ladder.trials("head", session.file.trials())
-    left = 1 + waiting + max(0, planned - len(own))
+    waiting = [t for t in session.trials(TrialState.WAITING) if rung_of(t) == "head"]
+    left = 1 + len(waiting) + max(0, planned(session, "head") - len(at(session, "head")))
     return min(slot.lanes, slot.together, -(-left // max(1, len(session.ledger.alive()))))
 
 

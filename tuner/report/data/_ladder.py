@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from optuna.trial import FrozenTrial
 
-from tuner.climbing import at, compared, twins
+from tuner.climbing import compared, twins
 from tuner.held import held_rows, how_held
 from tuner.ladder import Agreement, Rung, is_judged, rung_of
+from tuner.planned import at, planned
 from tuner.report.data._answer import Estimate
 from tuner.report.data._moment import loss_of, number, still
 
@@ -114,7 +115,7 @@ def _row(session: Session, rung: Rung, spent: dict[int, float]) -> RungRow:
     return RungRow(
         rung=rung,
         ended=sum(trial.state.is_finished() for trial in own),
-        planned=file.ladder.trials(rung, file.trials()),
+        planned=planned(session, rung),
         judged=sum(map(is_judged, own)),
         promoted=None if rung == file.ladder.rungs[-1] else sum(t.number in sources for t in own),
         seconds=seconds,
