@@ -23,7 +23,7 @@ seeding imbalance metrics checkpoint chunks speeds_file
 losses samplers datasets models augment optim schedules strengths statistics
 training entries pruning compiled posthoc rows twins fused
 recipe
-lane_state
+lane_state lane_logits
 lane loaded describe space evaluation sections
 stacks
 steps

@@ -126,6 +126,24 @@ def test_bfloat16_trains_as_well_as_float32(digits: Data) -> None:
     assert accuracy > 0.8
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "fused"])
+def test_classes_do_not_tie_because_a_model_computes_in_bfloat16(digits: Data, layout: str) -> None:
+    halved = recipe(
+        length=1,
+        model={"name": "small_cnn"},
+        training={"batch_size": 64, "precision": "bfloat16", "layout": layout},
+    )
+    lane = Lane(halved, digits, "cpu")
+    logits = lane.logits(digits.validation.images)
+    images = digits.validation.images.batches([torch.arange(len(logits))])
+    inputs = lane.augment.normalize(next(iter(images)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features = lane.model.eval().features(inputs)
+    rough = logits.bfloat16().float()
+    assert (logits != rough).float().mean() > 0.9
+    torch.testing.assert_close(logits, lane.model.head(features.float()), rtol=0.02, atol=0.02)
+
+
 def test_last_batch_of_one_image_joins_the_one_before(digits: Data) -> None:
     size = len(digits.train) - 1
     lane = Lane(recipe(training={"batch_size": size}, model={"name": "small_cnn"}), digits, "cpu")

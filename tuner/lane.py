@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor, nn
 
 from tuner.augment import Drawn, StandardAugmenter, on_device
 from tuner.checkpoint import Snapshot
-from tuner.chunks import evaluation_batch, logits_in_chunks, number_of_chunks
+from tuner.chunks import logits_in_chunks, number_of_chunks
 from tuner.compiled import Forward, compiled
 from tuner.datasets import Data, Images, ResidentImages
 from tuner.fused import FusedPasses, can_fuse
 from tuner.kept import keep_memory
+from tuner.lane_logits import logits_of
 from tuner.lane_state import restore, snapshot
 from tuner.losses import Loss
 from tuner.models import Classifier, set_head_bias
@@ -56,6 +56,7 @@ class Lane:
         self.model = self._build_model()
         fuses = recipe.training.layout == "fused" and can_fuse(self.device)
         self.fused = FusedPasses(self.model) if fuses else None
+        self.fused_backbone = FusedPasses(self.model.backbone) if fuses else None
         losses = recipe.training.losses(recipe.loss)
         self.losses: list[Loss] = for_each_stage(
             losses, lambda loss, _: loss.build(data.class_counts).to(self.device)
@@ -161,7 +162,7 @@ class Lane:
         if self.crops is not None:
             yield from ((indices, None) for indices in batches)
         else:
-            yield from zip(batches, self._load(self.data.train.images, batches), strict=True)
+            yield from zip(batches, self.load(self.data.train.images, batches), strict=True)
 
     def _crops(self) -> Tensor | None:
         """A view of all crops of all images, where these lie in memory and are cropped at all."""
@@ -170,7 +171,7 @@ class Lane:
             return None
         return source.crops(augment.margin) if augment.margin > 0 else None
 
-    def _load(self, images: Images, batches: Sequence[Tensor]) -> Generator[Tensor, None, None]:
+    def load(self, images: Images, batches: Sequence[Tensor]) -> Generator[Tensor, None, None]:
         """Images of every batch; files are decoded ahead by processes of their own."""
         yield from images.batches(batches, workers=own_cores(), pin=self.device.type == "cuda")
 
@@ -246,11 +247,18 @@ class Lane:
 
     def forward(self, inputs: Tensor, run: Forward | None = None) -> Tensor:
         """Logits of augmented images by the model, or by ``run`` in its place."""
-        inputs = inputs.to(self.dtype).contiguous(memory_format=self._layout)
-        half = self.recipe.training.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
-            logits: Tensor = (run or self.fused or self.model)(inputs)
+        with self.half():
+            logits: Tensor = (run or self.fused or self.model)(self.laid_out(inputs))
         return logits.to(self.dtype)
+
+    def laid_out(self, inputs: Tensor) -> Tensor:
+        """Images as the model takes them: number format and memory layout."""
+        return inputs.to(self.dtype).contiguous(memory_format=self._layout)
+
+    def half(self) -> torch.autocast:
+        """Where the recipe says so, the model's products are in bfloat16."""
+        half = self.recipe.training.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
     def rates(self, share: float) -> list[float]:
         """Learning rate of each parameter group at ``share`` of the epoch."""
@@ -262,29 +270,12 @@ class Lane:
         factor = self.recipe.schedule.factor(epoch, epochs)
         return [group["base_lr"] * factor for group in self.optimizer.param_groups]
 
-    @torch.inference_mode()
     def logits(self, images: Images, between: Callable[[float], None] = lambda _: None) -> Tensor:
         """Logits (N, C) float32 of ``images``, on the CPU, in evaluation mode.
 
         ``between`` batches is told the share of them that is done, and may raise.
         """
-        self.model.eval()
-        batches = torch.split(torch.arange(len(images)), self._evaluation_batch())
-        parts: list[Tensor] = []
-        # Closing ends the processes that load images, also while an exception is alive.
-        with closing(self._load(images, batches)) as loaded:
-            for batch in loaded:
-                if parts:
-                    between(len(parts) / len(batches))
-                inputs = self.augment.normalize(batch.to(self.device, non_blocking=True))
-                parts.append(self.forward(inputs))
-        scale: float = self.recipe.loss.output_scale()
-        return torch.cat(parts).cpu() * scale
-
-    def _evaluation_batch(self) -> int:
-        """Without gradients twice the images fit."""
-        most = evaluation_batch(*self.data.image_shape[1:], self.device)
-        return min(most, 2 * (self.micro_batch or most))
+        return logits_of(self, images, between)
 
     def snapshot(self) -> Snapshot:
         """Copy of everything that changes during training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -59,11 +59,16 @@ class Classifier(nn.Module):
         self.head = head
         self.repeat_channels = repeat_channels
 
-    def features(self, images: Tensor) -> Tensor:
-        """Features (N, D) of normalised float ``images`` (N, channels, H, W)."""
+    def features(
+        self, images: Tensor, backbone: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Features (N, D) of normalised float ``images`` (N, channels, H, W).
+
+        ``backbone`` computes what the classifier's own would, in its place.
+        """
         if self.repeat_channels:
             images = images.expand(-1, 3, -1, -1)
-        features: Tensor = self.backbone(images)
+        features: Tensor = (backbone or self.backbone)(images)
         return features.flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
