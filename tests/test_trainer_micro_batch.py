@@ -145,7 +145,9 @@ def test_model_never_sees_more_than_a_micro_batch_in_training_and_twice_that_in_
 ) -> None:
     lane, _ = step(recipe(), digits, 20)
     seen: dict[bool, set[int]] = {True: set(), False: set()}
-    lane.model.register_forward_pre_hook(lambda m, inputs: seen[m.training].add(len(inputs[0])))
+    lane.model.backbone.register_forward_pre_hook(
+        lambda m, inputs: seen[m.training].add(len(inputs[0]))
+    )
     for indices, images in lane.images(lane.plan()):
         lane.step(indices, images, share=0.5)
     lane.logits(digits.validation.images)
