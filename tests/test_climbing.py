@@ -7,7 +7,16 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, by_recipe, climb_to_the_top, end_next, finish_with, merit, opposite
+from climbers import (
+    CLIMBING,
+    UNIT,
+    by_recipe,
+    climb_to_the_top,
+    end_next,
+    finish_with,
+    merit,
+    opposite,
+)
 from conftest import MakeSession
 from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
@@ -344,8 +353,30 @@ def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
     assert {rung_of(t) for t in session.trials()} == {"full"}
 
 
-@pytest.mark.parametrize(("before", "after"), [(merit, merit), (merit, opposite)])
-@pytest.mark.parametrize("trials", [25, 41, 83])
+def reversed_merit(attempt: Any) -> float:
+    """The other way round than ``merit``, at every rung."""
+    return 1 - merit(attempt)
+
+
+@pytest.mark.parametrize("sampler", ["class_aware", "natural"])
+def test_default_of_cross_entropy_is_compared_with_itself_and_not_with_another_baseline(
+    sampler: str, make_session: MakeSession, digits: Data
+) -> None:
+    own = {sampler: {"exponent": UNIT} if sampler == "class_aware" else {}}
+    session = make_session(**CLIMBING | {"space": CLIMBING["space"] | {"sampler": own}})
+    trials = climb_to_the_top(session, digits, merit)
+    pairs = twins(session, "head", "full")
+    for lower, upper in pairs:
+        one, other = (t.user_attrs["recipe"] for t in (lower, upper))
+        assert (one["loss"], one["sampler"]) == (other["loss"], other["sampler"])
+    default = next(t for t in trials if t.user_attrs.get("preset") == "cross_entropy")
+    above = next(upper for lower, upper in pairs if lower.number == default.number)
+    assert bool(above.user_attrs.get("baseline")) == (sampler == "natural")
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}
+
+
+@pytest.mark.parametrize(("before", "after"), [(merit, merit), (merit, reversed_merit)])
+@pytest.mark.parametrize("trials", [25, 31, 41, 83])
 def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
     before: Any, after: Any, trials: int, make_session: MakeSession, digits: Data
 ) -> None:

@@ -137,9 +137,9 @@ def _preset_digests(session: Session, rung: Rung, made: Sequence[Ticket]) -> set
     """Digests, at the rung below, of recipes that are trained at ``rung`` without a promotion."""
     below = session.file.ladder.below(rung)
     assert below is not None
-    names = {attrs["preset"] for _, attrs in made} | (
-        {"cross_entropy"} if rung == "full" else set()
-    )
+    names = {attrs["preset"] for _, attrs in made}
+    if rung == "full" and session.file.baseline_is_default:
+        names.add("cross_entropy")
     own = (t.user_attrs for t in at(session, below) if t.user_attrs.get("preset") in names)
     return {attrs["digest"] for attrs in own if "digest" in attrs}
 
@@ -190,11 +190,11 @@ def twins(
     """Trials of two rungs that were trained to their end with one loss and sampler.
 
     These are the promoted ones and the defaults of each loss; the baseline is that of
-    cross-entropy. What acts late at both rungs is one and the same training, and says nothing of
+    cross-entropy, where the study has that. What acts late at both rungs is one and the same training, and says nothing of
     how they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
     follow.
     """
-    ended = session.ended()
+    ended, baselines = session.ended(), session.file.baseline_is_default
     lowest = [t for t in ended.given[lower] if _is_planned(t)]
     defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
     found, seen = [], set[str]()
@@ -202,8 +202,9 @@ def twins(
         attrs = trial.user_attrs
         if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
             continue
-        plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
-        twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
+        is_default = baselines and attrs.get("baseline")
+        loss = "cross_entropy" if is_default else attrs.get("preset", "")
+        twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(loss)
         recipe = attrs.get("digest", str(trial.number))
         if twin is None or recipe in seen or _is_same_training(twin, trial):
             continue
