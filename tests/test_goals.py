@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from conftest import MakeSession
-from fleet import claim, lease
+from fleet import claim, give_back, lease
 from optuna.trial import TrialState
 
 from tuner.datasets import Data
 from tuner.goals import reached, stop_if_reached
 from tuner.session import Session
-from tuner.tickets import fill_queue
+from tuner.tickets import MAX_BASELINES, fill_queue
 from tuner.worker import work
 
 
@@ -31,6 +31,43 @@ def test_target_is_reached_by_a_trial_that_keeps_the_floor(make_session: MakeSes
     assert reached(session) is None, "it breaks the floor"
     finish(session, 0.8)
     assert reached(session) == ("target", "trial 2 reached 0.8000")
+
+
+def test_target_waits_for_the_floor_while_plain_cross_entropy_is_trained(
+    make_session: MakeSession,
+) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.8, "plateau": 1})
+    baseline = claim(session)
+    assert baseline is not None
+    finish(session, 0.95, overall=0.3)
+    finish(session, 0.5, overall=0.9)
+    assert reached(session) is None, "nobody knows yet whether it keeps the floor"
+    metrics = {"tail_accuracy": 0.1, "accuracy": 0.9, "balanced_accuracy": 0.9}
+    baseline.set_user_attr("metrics", {"raw": metrics, "adjusted": metrics})
+    session.study.tell(baseline, 0.1)
+    assert reached(session) == ("plateau", "1 complete trials were not better than trial 2")
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.4, "plateau": 1})
+    assert reached(session) == ("target", "trial 2 reached 0.5000")
+
+
+def test_target_does_not_wait_for_a_floor_that_never_comes(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.8})
+    for _ in range(MAX_BASELINES):
+        fill_queue(session)
+        number = next(
+            t.number
+            for t in session.trials(TrialState.WAITING)
+            if t.user_attrs.get("baseline")
+        )
+        while (tried := claim(session)) is not None and tried.number != number:
+            give_back(session, tried)
+        assert tried is not None
+        assert reached(session) is None
+        session.study.tell(tried, state=TrialState.FAIL)
+    finish(session, 0.95)
+    goal = reached(session)
+    assert goal is not None
+    assert goal[0] == "target"
 
 
 def test_plateau_counts_the_trials_since_the_best(make_session: MakeSession) -> None:

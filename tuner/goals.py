@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tuner.metrics import METRICS
 from tuner.session import Session
+from tuner.tickets import is_baseline_to_come
 
 
 def reached(session: Session) -> tuple[str, str] | None:
@@ -12,7 +13,7 @@ def reached(session: Session) -> tuple[str, str] | None:
     if budget.target is None and budget.plateau is None:
         return None
     best = session.best()
-    if best is None or not session.keeps_floor(best):
+    if best is None or not session.keeps_floor(best) or _is_floor_to_come(session):
         return None
     if budget.target is not None and _at_least(session, best.values[0], budget.target):
         return "target", f"trial {best.number} reached {best.values[0]:.4f}"
@@ -21,6 +22,13 @@ def reached(session: Session) -> tuple[str, str] | None:
         if since >= budget.plateau:
             return "plateau", f"{since} complete trials were not better than trial {best.number}"
     return None
+
+
+def _is_floor_to_come(session: Session) -> bool:
+    """Whether it cannot be said yet who keeps the floor: plain cross-entropy is still trained."""
+    if session.file.objective.floor is None or session.baseline() is not None:
+        return False
+    return is_baseline_to_come(session)
 
 
 def _at_least(session: Session, value: float, target: float) -> bool:
