@@ -55,9 +55,7 @@ def test_target_does_not_wait_for_a_floor_that_never_comes(make_session: MakeSes
     for _ in range(MAX_BASELINES):
         fill_queue(session)
         number = next(
-            t.number
-            for t in session.trials(TrialState.WAITING)
-            if t.user_attrs.get("baseline")
+            t.number for t in session.trials(TrialState.WAITING) if t.user_attrs.get("baseline")
         )
         while (tried := claim(session)) is not None and tried.number != number:
             give_back(session, tried)

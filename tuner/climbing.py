@@ -189,9 +189,9 @@ def twins(
 ) -> list[tuple[FrozenTrial, FrozenTrial]]:
     """Trials of two rungs that were trained to their end with one loss and sampler.
 
-    These are the promoted ones and the defaults of each loss; the baseline is that of
-    cross-entropy, where the study has that. What acts late at both rungs is one and the same training, and says nothing of
-    how they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
+    These are the promoted ones and the defaults of each loss; that of cross-entropy may be the
+    baseline. What acts late at both rungs is one and the same training, and says nothing of how
+    they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
     follow.
     """
     ended, baselines = session.ended(), session.file.baseline_is_default
