@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from climbers import CLIMBING, end_next, finish_with
 from conftest import MakeSession
 from fleet import claim, give_back, lease
 from optuna.trial import TrialState
@@ -93,6 +94,23 @@ def test_plateau_and_target_are_of_the_last_rung(make_session: MakeSession) -> N
         trial.set_user_attr("reason", "head")
         session.study.tell(trial, state=TrialState.PRUNED)
     assert reached(session) is None
+
+
+def test_plateau_is_counted_once_the_rungs_below_are_over(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING | {"budget": {"trials": 21, "epochs": 3, "plateau": 3}})
+    end_next(session, digits, lambda _: 0.5)
+    below = [lease(session) for _ in range(40)]
+    for _ in range(4):
+        end_next(session, digits, lambda _: 0.4)
+    assert reached(session) is None, "these only compare the rungs; nothing is promoted yet"
+    for claimed in below:
+        assert claimed is not None
+        finish_with(session, claimed, digits, lambda _: 0.4)
+    goal = reached(session)
+    assert goal is not None
+    assert goal[0] == "plateau"
 
 
 def test_reached_goal_stops_everybody_and_no_ticket_is_given_out(
