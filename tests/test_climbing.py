@@ -21,12 +21,14 @@ from conftest import MakeSession
 from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import at, compared, ladder_lines, promoted, twins
+from tuner.climbing import at, compared, is_over, ladder_lines, promoted, twins
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.ladder import rung_of
+from tuner.ledger import Lease
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
-from tuner.tickets import fill_queue, ladder_state
+from tuner.session import Session
+from tuner.tickets import fill_queue, ladder_state, retry_failed
 
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 
@@ -385,6 +387,55 @@ def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
     larger = make_session(**strict | {"budget": {"trials": trials, "epochs": 3}})
     ended = climb_to_the_top(larger, digits, after)
     assert Counter(rung_of(t) for t in ended) == {"head": 40, "full": trials}
+
+
+def fail(session: Session, claimed: Lease) -> None:
+    """End the trial of a lease without a result."""
+    session.fenced.take(claimed)
+    session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+
+
+def test_trials_that_failed_and_are_tried_again_compare_the_rungs(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    while len(at(session, "full")) < 2:
+        end_next(session, digits, merit)
+    fill_queue(session)
+    for claimed in iter(lambda: lease(session), None):
+        assert "compares" in session.trials()[claimed.number].user_attrs
+        fail(session, claimed)
+        if claimed.number == 48:
+            break
+    assert len(retry_failed(session)) == 7
+    again = list(iter(lambda: lease(session), None))
+    assert all("compares" in session.trials()[c.number].user_attrs for c in again)
+    assert fill_queue(session) == 0, "what decides is tried again: the decision waits"
+    for claimed in again:
+        finish_with(session, claimed, digits, merit)
+    assert len(compared(session, "head", "full", decisive=True).pairs) == 9
+    trials = climb_to_the_top(session, digits, merit)
+    assert Counter(rung_of(t) for t in at(session, "full")) == {"full": 21}
+    assert len(trials) == 61 + 7
+
+
+def test_recipe_that_failed_below_and_was_tried_again_is_promoted(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    for _ in range(20):
+        end_next(session, digits, merit)
+    claimed = lease(session)
+    assert claimed is not None
+    fail(session, claimed)
+    for _ in range(20):
+        end_next(session, digits, merit)
+    assert is_over(session, "head")
+    retry_failed(session)
+    assert not is_over(session, "head"), "it is tried again"
+    found = end_next(session, digits, lambda _: 1.0)
+    assert is_over(session, "head")
+    assert promoted(session, "head", 5)[0].number == found
 
 
 def test_a_larger_budget_goes_on_from_the_top(make_session: MakeSession, digits: Data) -> None:

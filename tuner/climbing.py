@@ -26,6 +26,9 @@ from tuner.shares import (
 if TYPE_CHECKING:
     from tuner.session import Session
 
+DECISIVE = {"baseline", *COMPARES}
+"""What marks trials that are trained before it is decided whether to follow the rung below."""
+
 
 def climb(session: Session) -> Iterator[Ticket]:
     """Tickets that are due after the baseline's, as far as that can be said by now.
@@ -49,14 +52,20 @@ def _has_backbone(session: Session) -> bool:
 
 
 def is_over(session: Session, rung: Rung) -> bool:
-    """Whether all trials of a rung have ended."""
-    own = at(session, rung)
-    return len(own) >= budget(session.file, rung) and all(t.state.is_finished() for t in own)
+    """Whether all trials of a rung have ended, those too that are tried again."""
+    own = everyone(session, rung)
+    planned = sum(map(_is_planned, own))
+    return planned >= budget(session.file, rung) and all(t.state.is_finished() for t in own)
 
 
 def at(session: Session, rung: Rung) -> list[FrozenTrial]:
     """Trials of a rung but for those beyond the budget."""
-    return [t for t in session.trials() if rung_of(t) == rung and _is_planned(t)]
+    return [t for t in everyone(session, rung) if _is_planned(t)]
+
+
+def everyone(session: Session, rung: Rung) -> list[FrozenTrial]:
+    """Trials of a rung, those beyond the budget too: what they found counts like any other's."""
+    return [t for t in session.trials() if rung_of(t) == rung]
 
 
 def _is_planned(trial: FrozenTrial) -> bool:
@@ -90,8 +99,7 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     first = [_promotion(session, trial, rung) for trial in chosen[:half]]
     first = [(params, attrs | COMPARES) for params, attrs in first] + defaults
     yield from first
-    ended = {_origin(t.user_attrs) for t in at(session, rung) if t.state.is_finished()}
-    if any(_origin(attrs) not in ended for _, attrs in first):
+    if not _have_ended(session, rung, first):
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
@@ -103,6 +111,14 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     yield from more
     left = most - len(first) - len(more)
     yield from shared_out(session, left) if rung == "full" else [({}, attrs_of(rung))] * left
+
+
+def _have_ended(session: Session, rung: Rung, tickets: Sequence[Ticket]) -> bool:
+    """Whether the trials of tickets have ended, and none of them is tried again."""
+    own = everyone(session, rung)
+    ended = {_origin(t.user_attrs) for t in own if t.state.is_finished()}
+    ended -= {_origin(t.user_attrs) for t in own if not t.state.is_finished()}
+    return all(_origin(attrs) in ended for _, attrs in tickets)
 
 
 def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -118,7 +134,7 @@ def promoted(
     With fewer kinds than that allows, the best of the others fill up. Recipes ``apart`` are given
     by their digests at this rung.
     """
-    ranked = session.ranked(at(session, rung))
+    ranked = session.ranked(everyone(session, rung))
     most, kinds, digests = max(1, -(-count // 3)), Counter[Any](), set(apart)
     chosen: list[FrozenTrial] = []
     spare: list[FrozenTrial] = []
@@ -140,7 +156,7 @@ def _preset_digests(session: Session, rung: Rung, made: Sequence[Ticket]) -> set
     names = {attrs["preset"] for _, attrs in made}
     if rung == "full" and session.file.baseline_is_default:
         names.add("cross_entropy")
-    own = (t.user_attrs for t in at(session, below) if t.user_attrs.get("preset") in names)
+    own = (t.user_attrs for t in everyone(session, below) if t.user_attrs.get("preset") in names)
     return {attrs["digest"] for attrs in own if "digest" in attrs}
 
 
@@ -195,12 +211,14 @@ def twins(
     follow.
     """
     ended, baselines = session.ended(), session.file.baseline_is_default
-    lowest = [t for t in ended.given[lower] if _is_planned(t)]
-    defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
+    lowest = (t for t in ended.given[lower] if "preset" in t.user_attrs)
+    defaults = {t.user_attrs["preset"]: t for t in lowest}
     found, seen = [], set[str]()
-    for trial in filter(_is_planned, ended.given[upper]):
+    for trial in ended.given[upper]:
         attrs = trial.user_attrs
-        if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
+        if {"unseen", "again"} & attrs.keys() or (
+            decisive and not {"compares", "baseline"} & attrs.keys()
+        ):
             continue
         is_default = baselines and attrs.get("baseline")
         loss = "cross_entropy" if is_default else attrs.get("preset", "")

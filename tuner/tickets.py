@@ -13,7 +13,7 @@ from tuner.ladder import rung_of
 from tuner.ledger import Lease
 from tuner.plain import shared_out
 from tuner.rounds import confirm_lines, confirming, spare
-from tuner.shares import Ticket, budget, presets
+from tuner.shares import COMPARES, Ticket, budget, presets
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def retry_failed(session: Session) -> list[int]:
 
 
 def _retry(trial: FrozenTrial) -> Ticket:
-    kept = ("baseline", "preset", *KIND)
+    kept = ("baseline", "again", "preset", *COMPARES, *KIND)
     attrs = {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     return params, attrs | {"retry_of": trial.number}
