@@ -194,6 +194,37 @@ def test_failed_training_that_is_retried_counts_for_its_seed(
     assert all(sorted(s.runs) == [0, 1] for s in standings(session))
 
 
+def test_verdict_is_made_anew_when_a_training_that_failed_was_tried_again(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        end_next(session, digits, lucky)
+    held = lease(session)
+    assert held is not None
+    session.fenced.take(held)
+    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    climb_to_the_top(session, digits, lucky)
+    best = session.best()
+    assert best is not None
+    compared = {"best": best.number, "baseline": 0, "rows": []}
+    monkeypatch.setattr(verdict, "_compare", lambda *_: dict(compared))
+    monkeypatch.setattr(verdict, "COMPARED", ("tail_accuracy",))
+    monkeypatch.setattr(confirmation, "_on_test", lambda *_: [])
+
+    def values() -> list[float | None]:
+        found = verdict.decide(session, digits)
+        assert found is not None
+        (plain,) = (row for row in found["confirmed"]["recipes"] if row["role"] == "plain")
+        own: list[float | None] = plain["values"]
+        return own
+
+    assert values() == [None, 0.6]
+    retry_failed(session)
+    end_next(session, digits, lucky)
+    assert values() == [0.6, 0.6]
+
+
 def test_floor_is_that_of_plain_cross_entropy_with_the_same_seed(
     make_session: MakeSession, digits: Data
 ) -> None:
