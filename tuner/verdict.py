@@ -25,8 +25,9 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     """Compare the best trial with the baseline on the test part, and store the answer.
 
     The search never sees the test part; it is looked at here, once for every new best trial, and
-    once more when the confirm rung is over, or has another training. Where the data have none, the validation part stands
-    in, and the answer says so. None while the baseline or any other trial is missing.
+    once more when the confirm rung is over, or has another training. Where the data have none, the
+    validation part stands in, and the answer says so. None while the baseline or any other trial
+    is missing.
     """
     best, baseline = session.best(), session.baseline()
     if best is None or baseline is None:
