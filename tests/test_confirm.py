@@ -225,6 +225,29 @@ def test_verdict_is_made_anew_when_a_training_that_failed_was_tried_again(
     assert values() == [0.6, 0.6]
 
 
+def test_plain_cross_entropy_with_one_seed_left_is_not_told_from_the_answer(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spread(attempt: Attempt) -> float:
+        number: int = attempt.user_attrs.get("confirms", attempt.number)
+        return 0.1 * number + 0.01 * number * attempt.user_attrs.get("fold", 0)
+
+    monkeypatch.setattr(confirmation, "_on_test", lambda *_: [])
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        end_next(session, digits, spread)
+    held = lease(session)
+    assert held is not None
+    session.fenced.take(held)
+    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    climb_to_the_top(session, digits, spread)
+    found = confirmation.confirmation(session, digits, ["tail_accuracy"])
+    assert found is not None
+    plain = next(row for row in found["recipes"] if row["role"] == "plain")
+    assert plain["values"].count(None) == 1
+    assert plain["trial"] in found["rivals"]
+
+
 def test_floor_is_that_of_plain_cross_entropy_with_the_same_seed(
     make_session: MakeSession, digits: Data
 ) -> None:
