@@ -230,7 +230,8 @@ def test_plain_cross_entropy_with_one_seed_left_is_not_told_from_the_answer(
 ) -> None:
     def spread(attempt: Attempt) -> float:
         number: int = attempt.user_attrs.get("confirms", attempt.number)
-        return 0.1 * number + 0.01 * number * attempt.user_attrs.get("fold", 0)
+        fold: int = attempt.user_attrs.get("fold", 0)
+        return 0.1 * number + 0.01 * number * fold
 
     monkeypatch.setattr(confirmation, "_on_test", lambda *_: [])
     session = make_session(**SEARCH)

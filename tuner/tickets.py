@@ -226,8 +226,19 @@ def ladder_state(session: Session) -> list[str]:
     """Where the rungs or the progressive strategy stand, line by line; none in a plain search."""
     lines = confirm_lines(session) if session.file.ladder.confirms else []
     if session.file.ladder.searched != ("full",):
-        return ladder_lines(session) + lines
+        return _why_not_climbed(session) + ladder_lines(session) + lines
     return _progressive_state(session) + lines
+
+
+def _why_not_climbed(session: Session) -> list[str]:
+    """That no rung begins without plain cross-entropy, where that gave no result."""
+    tried = sum("baseline" in t.user_attrs for t in session.trials())
+    if session.baseline() is not None or is_baseline_to_come(session) or not tried:
+        return []
+    return [
+        f"plain cross-entropy gave no result in {tried} trials, and the ladder begins with it; "
+        f"why: tuner trials {session.file.name}"
+    ]
 
 
 def _progressive_state(session: Session) -> list[str]:
