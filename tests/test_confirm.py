@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from tuner import artifacts, confirmation, verdict
 from tuner.card import model_card
+from tuner.cli import finish
 from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.confirm import against, contenders, standings
 from tuner.datasets import Data, fold
@@ -436,7 +438,11 @@ def searched(make_session: MakeSession, digits: Data, sqlite: str) -> Session:
 
 
 def test_nothing_is_confirmed_where_every_recipe_failed_with_a_seed(
-    searched: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+    searched: Session,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     while (held := lease(searched)) is not None:
         searched.fenced.take(held)
@@ -448,6 +454,9 @@ def test_nothing_is_confirmed_where_every_recipe_failed_with_a_seed(
     assert (found["confirmed"], found["best"]) == (None, best.number)
     monkeypatch.setattr(verdict, "_compare", lambda *_: pytest.fail("looked again"))
     assert verdict.decide(searched, digits) == found
+    options = {"storage": None, "artifacts": None, "data": None}
+    finish.finish(searched, digits, "cpu", tmp_path, options)
+    assert "has no answer, as all recipes failed there" in capsys.readouterr().out
 
 
 def test_a_verdict_before_the_rung_is_over_keeps_the_weights_it_needs(
