@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 from fleet import lease
 from optuna.trial import FrozenTrial
@@ -78,7 +79,7 @@ def merit(attempt: Attempt) -> float:
     recipe = attempt.user_attrs["recipe"]
     known = sorted((k, v) for part in ("loss", "sampler") for k, v in recipe[part].items())
     kept = [pair for pair in known if pair[0] != "start"]
-    return hash(str(kept)) % 997 / 997
+    return crc32(str(kept).encode()) % 997 / 997
 
 
 def opposite(attempt: Attempt) -> float:

@@ -7,18 +7,29 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, by_recipe, climb_to_the_top, end_next, finish_with, merit, opposite
+from climbers import (
+    CLIMBING,
+    UNIT,
+    by_recipe,
+    climb_to_the_top,
+    end_next,
+    finish_with,
+    merit,
+    opposite,
+)
 from conftest import MakeSession
 from fleet import claim, lease
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.climbing import compared, ladder_lines, promoted, twins
+from tuner.climbing import compared, is_over, ladder_lines, promoted, twins
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.ladder import rung_of
+from tuner.ledger import Lease
 from tuner.planned import at
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
-from tuner.tickets import fill_queue, ladder_state
+from tuner.session import Session
+from tuner.tickets import fill_queue, ladder_state, retry_failed
 
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 
@@ -345,8 +356,30 @@ def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
     assert {rung_of(t) for t in session.trials()} == {"full"}
 
 
-@pytest.mark.parametrize(("before", "after"), [(merit, merit), (merit, opposite)])
-@pytest.mark.parametrize("trials", [25, 41, 83])
+def reversed_merit(attempt: Any) -> float:
+    """The other way round than ``merit``, at every rung."""
+    return 1 - merit(attempt)
+
+
+@pytest.mark.parametrize("sampler", ["class_aware", "natural"])
+def test_default_of_cross_entropy_is_compared_with_itself_and_not_with_another_baseline(
+    sampler: str, make_session: MakeSession, digits: Data
+) -> None:
+    own = {sampler: {"exponent": UNIT} if sampler == "class_aware" else {}}
+    session = make_session(**CLIMBING | {"space": CLIMBING["space"] | {"sampler": own}})
+    trials = climb_to_the_top(session, digits, merit)
+    pairs = twins(session, "head", "full")
+    for lower, upper in pairs:
+        one, other = (t.user_attrs["recipe"] for t in (lower, upper))
+        assert (one["loss"], one["sampler"]) == (other["loss"], other["sampler"])
+    default = next(t for t in trials if t.user_attrs.get("preset") == "cross_entropy")
+    above = next(upper for lower, upper in pairs if lower.number == default.number)
+    assert bool(above.user_attrs.get("baseline")) == (sampler == "natural")
+    assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}
+
+
+@pytest.mark.parametrize(("before", "after"), [(merit, merit), (merit, reversed_merit)])
+@pytest.mark.parametrize("trials", [25, 31, 41, 83])
 def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
     before: Any, after: Any, trials: int, make_session: MakeSession, digits: Data
 ) -> None:
@@ -355,6 +388,55 @@ def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
     larger = make_session(**strict | {"budget": {"trials": trials, "epochs": 3}})
     ended = climb_to_the_top(larger, digits, after)
     assert Counter(rung_of(t) for t in ended) == {"head": 40, "full": trials}
+
+
+def fail(session: Session, claimed: Lease) -> None:
+    """End the trial of a lease without a result."""
+    session.fenced.take(claimed)
+    session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+
+
+def test_trials_that_failed_and_are_tried_again_compare_the_rungs(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    while len(at(session, "full")) < 2:
+        end_next(session, digits, merit)
+    fill_queue(session)
+    for claimed in iter(lambda: lease(session), None):
+        assert "compares" in session.trials()[claimed.number].user_attrs
+        fail(session, claimed)
+        if claimed.number == 48:
+            break
+    assert len(retry_failed(session)) == 7
+    again = list(iter(lambda: lease(session), None))
+    assert all("compares" in session.trials()[c.number].user_attrs for c in again)
+    assert fill_queue(session) == 0, "what decides is tried again: the decision waits"
+    for claimed in again:
+        finish_with(session, claimed, digits, merit)
+    assert len(compared(session, "head", "full", decisive=True).pairs) == 9
+    trials = climb_to_the_top(session, digits, merit)
+    assert Counter(rung_of(t) for t in at(session, "full")) == {"full": 21}
+    assert len(trials) == 61 + 7
+
+
+def test_recipe_that_failed_below_and_was_tried_again_is_promoted(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING)
+    for _ in range(20):
+        end_next(session, digits, merit)
+    claimed = lease(session)
+    assert claimed is not None
+    fail(session, claimed)
+    for _ in range(20):
+        end_next(session, digits, merit)
+    assert is_over(session, "head")
+    retry_failed(session)
+    assert not is_over(session, "head"), "it is tried again"
+    found = end_next(session, digits, lambda _: 1.0)
+    assert is_over(session, "head")
+    assert promoted(session, "head", 5)[0].number == found
 
 
 def test_a_larger_budget_goes_on_from_the_top(make_session: MakeSession, digits: Data) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from tuner import artifacts, confirmation, verdict
 from tuner.card import model_card
+from tuner.cli import finish
 from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.confirm import against, contenders, standings
 from tuner.datasets import Data, fold
@@ -192,6 +194,61 @@ def test_failed_training_that_is_retried_counts_for_its_seed(
     assert retry_failed(session) == [lost.number]
     end_next(session, digits, lucky)
     assert all(sorted(s.runs) == [0, 1] for s in standings(session))
+
+
+def test_verdict_is_made_anew_when_a_training_that_failed_was_tried_again(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        end_next(session, digits, lucky)
+    held = lease(session)
+    assert held is not None
+    session.fenced.take(held)
+    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    climb_to_the_top(session, digits, lucky)
+    best = session.best()
+    assert best is not None
+    compared = {"best": best.number, "baseline": 0, "rows": []}
+    monkeypatch.setattr(verdict, "_compare", lambda *_: dict(compared))
+    monkeypatch.setattr(verdict, "COMPARED", ("tail_accuracy",))
+    monkeypatch.setattr(confirmation, "_on_test", lambda *_: [])
+
+    def values() -> list[float | None]:
+        found = verdict.decide(session, digits)
+        assert found is not None
+        (plain,) = (row for row in found["confirmed"]["recipes"] if row["role"] == "plain")
+        own: list[float | None] = plain["values"]
+        return own
+
+    assert values() == [None, 0.6]
+    retry_failed(session)
+    end_next(session, digits, lucky)
+    assert values() == [0.6, 0.6]
+
+
+def test_plain_cross_entropy_with_one_seed_left_is_not_told_from_the_answer(
+    make_session: MakeSession, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spread(attempt: Attempt) -> float:
+        number: int = attempt.user_attrs.get("confirms", attempt.number)
+        fold: int = attempt.user_attrs.get("fold", 0)
+        return 0.1 * number + 0.01 * number * fold
+
+    monkeypatch.setattr(confirmation, "_on_test", lambda *_: [])
+    session = make_session(**SEARCH)
+    for _ in range(8):
+        end_next(session, digits, spread)
+    held = lease(session)
+    assert held is not None
+    session.fenced.take(held)
+    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    climb_to_the_top(session, digits, spread)
+    found = confirmation.confirmation(session, digits, ["tail_accuracy"])
+    assert found is not None
+    plain = next(row for row in found["recipes"] if row["role"] == "plain")
+    assert plain["values"].count(None) == 1
+    assert plain["trial"] in found["rivals"]
 
 
 def test_floor_is_that_of_plain_cross_entropy_with_the_same_seed(
@@ -381,7 +438,11 @@ def searched(make_session: MakeSession, digits: Data, sqlite: str) -> Session:
 
 
 def test_nothing_is_confirmed_where_every_recipe_failed_with_a_seed(
-    searched: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+    searched: Session,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     while (held := lease(searched)) is not None:
         searched.fenced.take(held)
@@ -393,6 +454,9 @@ def test_nothing_is_confirmed_where_every_recipe_failed_with_a_seed(
     assert (found["confirmed"], found["best"]) == (None, best.number)
     monkeypatch.setattr(verdict, "_compare", lambda *_: pytest.fail("looked again"))
     assert verdict.decide(searched, digits) == found
+    options = {"storage": None, "artifacts": None, "data": None}
+    finish.finish(searched, digits, "cpu", tmp_path, options)
+    assert "has no answer, as all recipes failed there" in capsys.readouterr().out
 
 
 def test_a_verdict_before_the_rung_is_over_keeps_the_weights_it_needs(

@@ -68,6 +68,20 @@ def test_trials_that_end_one_by_one_are_ranked_as_all_at_once() -> None:
     assert slowly.baseline is trials[7]
 
 
+def test_baseline_is_the_one_that_was_complete_first_whoever_looks_when() -> None:
+    early, late = trial(5, 0.3, baseline=True), trial(2, 0.6, baseline=True)
+    there, beside = Ended(), Ended()
+    there.take_in([early], place)
+    there.take_in([late, early], place)
+    beside.take_in([late, early], place)
+    assert there.baseline is beside.baseline is early
+    other = Ended()
+    other.take_in([late], place)
+    other.take_in([late, early], place)
+    assert other.baseline is early, "what was written at one moment may be seen one by one"
+    assert numbers(other.complete.trials) == numbers(there.complete.trials) == [2, 5]
+
+
 def test_the_first_trial_of_a_recipe_is_found_but_no_copy_and_not_the_one_that_asks() -> None:
     copy = {"duplicate_of": 4}
     found = Ended()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fleet import lease, run_next
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import artifacts, proposals
-from tuner.datasets import Data
+from tuner.datasets import Data, Part
 from tuner.errors import DataError
 from tuner.evaluation import assess_validation
 from tuner.losses import LOSSES
@@ -122,6 +123,22 @@ def test_trial_that_only_guesses_is_pruned_and_the_baseline_is_not(
     assert [o.state for o in outcomes] == ["complete", "pruned"]
     assert outcomes[1].reason == "chance"
     assert len(stored(session, 1).intermediate_values) == 3
+
+
+def test_chance_is_that_of_the_classes_that_have_validation_images(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(
+        budget={"trials": 2, "epochs": 10},
+        space={"loss": {"cross_entropy": {}, "focal": {}}},
+        objective={"metric": "balanced_accuracy", "adjusted": False, "floor": False},
+    )
+    own = digits.validation
+    few = torch.nonzero(own.targets < 4).flatten()
+    data = replace(digits, validation=Part(own.images.select(few), own.targets[few]))
+    outcomes = [_guessing(session, data), _guessing(session, data)]
+    assert stored(session, 0).user_attrs["metrics"]["raw"]["balanced_accuracy"] == 0.25
+    assert outcomes[1].reason == "chance"
 
 
 def _guessing(session: Session, data: Data) -> Outcome:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from climbers import CLIMBING, end_next, finish_with
 from conftest import MakeSession
-from fleet import claim, lease
+from fleet import claim, give_back, lease
 from optuna.trial import TrialState
 
 from tuner.datasets import Data
 from tuner.goals import reached, stop_if_reached
 from tuner.session import Session
-from tuner.tickets import fill_queue
+from tuner.tickets import MAX_BASELINES, fill_queue
 from tuner.worker import work
 
 
@@ -31,6 +32,41 @@ def test_target_is_reached_by_a_trial_that_keeps_the_floor(make_session: MakeSes
     assert reached(session) is None, "it breaks the floor"
     finish(session, 0.8)
     assert reached(session) == ("target", "trial 2 reached 0.8000")
+
+
+def test_target_waits_for_the_floor_while_plain_cross_entropy_is_trained(
+    make_session: MakeSession,
+) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.8, "plateau": 1})
+    baseline = claim(session)
+    assert baseline is not None
+    finish(session, 0.95, overall=0.3)
+    finish(session, 0.5, overall=0.9)
+    assert reached(session) is None, "nobody knows yet whether it keeps the floor"
+    metrics = {"tail_accuracy": 0.1, "accuracy": 0.9, "balanced_accuracy": 0.9}
+    baseline.set_user_attr("metrics", {"raw": metrics, "adjusted": metrics})
+    session.study.tell(baseline, 0.1)
+    assert reached(session) == ("plateau", "1 complete trials were not better than trial 2")
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.4, "plateau": 1})
+    assert reached(session) == ("target", "trial 2 reached 0.5000")
+
+
+def test_target_does_not_wait_for_a_floor_that_never_comes(make_session: MakeSession) -> None:
+    session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.8})
+    for _ in range(MAX_BASELINES):
+        fill_queue(session)
+        number = next(
+            t.number for t in session.trials(TrialState.WAITING) if t.user_attrs.get("baseline")
+        )
+        while (tried := claim(session)) is not None and tried.number != number:
+            give_back(session, tried)
+        assert tried is not None
+        assert reached(session) is None
+        session.study.tell(tried, state=TrialState.FAIL)
+    finish(session, 0.95)
+    goal = reached(session)
+    assert goal is not None
+    assert goal[0] == "target"
 
 
 def test_plateau_counts_the_trials_since_the_best(make_session: MakeSession) -> None:
@@ -58,6 +94,23 @@ def test_plateau_and_target_are_of_the_last_rung(make_session: MakeSession) -> N
         trial.set_user_attr("reason", "head")
         session.study.tell(trial, state=TrialState.PRUNED)
     assert reached(session) is None
+
+
+def test_plateau_is_counted_once_the_rungs_below_are_over(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**CLIMBING | {"budget": {"trials": 21, "epochs": 3, "plateau": 3}})
+    end_next(session, digits, lambda _: 0.5)
+    below = [lease(session) for _ in range(40)]
+    for _ in range(4):
+        end_next(session, digits, lambda _: 0.4)
+    assert reached(session) is None, "these only compare the rungs; nothing is promoted yet"
+    for claimed in below:
+        assert claimed is not None
+        finish_with(session, claimed, digits, lambda _: 0.4)
+    goal = reached(session)
+    assert goal is not None
+    assert goal[0] == "plateau"
 
 
 def test_reached_goal_stops_everybody_and_no_ticket_is_given_out(

@@ -488,3 +488,15 @@ def test_who_must_make_the_tables_waits_for_the_lock(
             time.sleep(0.5)
             assert not joined.done()
         assert joined.result(timeout=60).ledger.ready()
+
+
+def test_trials_that_wait_since_the_budget_was_larger_are_told(
+    make_session: MakeSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_session(budget={"trials": 9, "epochs": 3})
+    assert not caplog.records
+    make_session(budget={"trials": 4, "epochs": 3})
+    assert "budget.trials = 4, but 5 more wait" in caplog.text
+    caplog.clear()
+    make_session(budget={"trials": 12, "epochs": 3})
+    assert not caplog.records

@@ -33,6 +33,30 @@ def test_equal_differences_are_not_taken_for_certainty() -> None:
     assert repeated_difference([-0.1, -0.1], 0.2).p_value == 1.0
 
 
+def test_differences_that_are_equal_but_for_rounding_are_equal() -> None:
+    differences = [0.7 - 0.6, 0.4 - 0.3]
+    assert differences[0] != differences[1]
+    assert repeated_difference(differences, 0.2).p_value == 0.25
+    assert repeated_difference([-d for d in differences], 0.2, maximize=False).p_value == 0.25
+
+
+def test_interval_of_few_equal_differences_holds_zero() -> None:
+    for count, holds in ((2, True), (5, True), (6, False)):
+        for value in (0.1, -0.1):
+            interval = repeated_difference([value] * count, 0.2).interval
+            assert (interval.low <= 0 <= interval.high) == holds
+            assert interval.low - 1e-9 <= value <= interval.high + 1e-9
+
+
+def test_two_seeds_on_few_images_seldom_tell_equal_recipes_apart() -> None:
+    rng = np.random.default_rng(0)
+    images = np.array([4, 3, 2])
+    recalls = rng.binomial(images, 0.6, size=(2000, 2, 2, 3)) / images
+    values = recalls.mean(-1)
+    found = [repeated_difference((a - b).tolist(), 0.5).p_value for a, b in values]
+    assert sum(p < 0.001 for p in found) / 2000 < 0.003
+
+
 def test_one_training_says_nothing_of_how_much_they_vary() -> None:
     with pytest.raises(ValueError, match="two trainings"):
         repeated_difference([0.1], 0.2)

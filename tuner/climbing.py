@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from tuner.entries import Fixed
 from tuner.ladder import ACTING, Agreement, Rung, agreement, is_judged, rung_of
 from tuner.plain import shared_out
-from tuner.planned import at, is_planned, planned
+from tuner.planned import at, everyone, is_planned, planned
 from tuner.shares import (
     COMPARES,
     Ticket,
@@ -26,6 +26,9 @@ from tuner.shares import (
 
 if TYPE_CHECKING:
     from tuner.session import Session
+
+DECISIVE = {"baseline", *COMPARES}
+"""What marks trials that are trained before it is decided whether to follow the rung below."""
 
 
 def climb(session: Session) -> Iterator[Ticket]:
@@ -50,9 +53,9 @@ def _has_backbone(session: Session) -> bool:
 
 
 def is_over(session: Session, rung: Rung) -> bool:
-    """Whether all trials of a rung have ended."""
-    own = at(session, rung)
-    return len(own) >= planned(session, rung) and all(t.state.is_finished() for t in own)
+    """Whether all trials of a rung have ended, those too that are tried again."""
+    own, most = everyone(session, rung), planned(session, rung)
+    return sum(map(is_planned, own)) >= most and all(t.state.is_finished() for t in own)
 
 
 def early(session: Session) -> list[Ticket]:
@@ -81,8 +84,7 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     first = [_promotion(session, trial, rung) for trial in chosen[:half]]
     first = [(params, attrs | COMPARES) for params, attrs in first] + defaults
     yield from first
-    ended = {_origin(t.user_attrs) for t in at(session, rung) if t.state.is_finished()}
-    if any(_origin(attrs) not in ended for _, attrs in first):
+    if not _have_ended(session, rung, first):
         return
     more: list[Ticket] = []
     if not compared(session, below, rung, decisive=True).is_low(ladder.trust):
@@ -94,6 +96,14 @@ def _above(session: Session, rung: Rung, below: Rung) -> Iterator[Ticket]:
     yield from more
     left = most - len(first) - len(more)
     yield from shared_out(session, left) if rung == "full" else [({}, attrs_of(rung))] * left
+
+
+def _have_ended(session: Session, rung: Rung, tickets: Sequence[Ticket]) -> bool:
+    """Whether the trials of tickets have ended, and none of them is tried again."""
+    own = everyone(session, rung)
+    ended = {_origin(t.user_attrs) for t in own if t.state.is_finished()}
+    ended -= {_origin(t.user_attrs) for t in own if not t.state.is_finished()}
+    return all(_origin(attrs) in ended for _, attrs in tickets)
 
 
 def _origin(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -109,7 +119,7 @@ def promoted(
     With fewer kinds than that allows, the best of the others fill up. Recipes ``apart`` are given
     by their digests at this rung.
     """
-    ranked = session.ranked(at(session, rung))
+    ranked = session.ranked(everyone(session, rung))
     most, kinds, digests = max(1, -(-count // 3)), Counter[Any](), set(apart)
     chosen: list[FrozenTrial] = []
     spare: list[FrozenTrial] = []
@@ -128,10 +138,10 @@ def _preset_digests(session: Session, rung: Rung, made: Sequence[Ticket]) -> set
     """Digests, at the rung below, of recipes that are trained at ``rung`` without a promotion."""
     below = session.file.ladder.below(rung)
     assert below is not None
-    names = {attrs["preset"] for _, attrs in made} | (
-        {"cross_entropy"} if rung == "full" else set()
-    )
-    own = (t.user_attrs for t in at(session, below) if t.user_attrs.get("preset") in names)
+    names = {attrs["preset"] for _, attrs in made}
+    if rung == "full" and session.file.baseline_is_default:
+        names.add("cross_entropy")
+    own = (t.user_attrs for t in everyone(session, below) if t.user_attrs.get("preset") in names)
     return {attrs["digest"] for attrs in own if "digest" in attrs}
 
 
@@ -180,21 +190,24 @@ def twins(
 ) -> list[tuple[FrozenTrial, FrozenTrial]]:
     """Trials of two rungs that were trained to their end with one loss and sampler.
 
-    These are the promoted ones and the defaults of each loss; the baseline is that of
-    cross-entropy. What acts late at both rungs is one and the same training, and says nothing of
-    how they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
+    These are the promoted ones and the defaults of each loss; that of cross-entropy may be the
+    baseline. What acts late at both rungs is one and the same training, and says nothing of how
+    they rank; nor does a copy. ``decisive`` leaves those out that came after the decision to
     follow.
     """
-    ended = session.ended()
-    lowest = [t for t in ended.given[lower] if is_planned(t)]
-    defaults = {t.user_attrs["preset"]: t for t in lowest if "preset" in t.user_attrs}
+    ended, baselines = session.ended(), session.file.baseline_is_default
+    lowest = (t for t in ended.given[lower] if "preset" in t.user_attrs)
+    defaults = {t.user_attrs["preset"]: t for t in lowest}
     found, seen = [], set[str]()
-    for trial in filter(is_planned, ended.given[upper]):
+    for trial in ended.given[upper]:
         attrs = trial.user_attrs
-        if "unseen" in attrs or (decisive and not {"compares", "baseline"} & attrs.keys()):
+        if {"unseen", "again"} & attrs.keys() or (
+            decisive and not {"compares", "baseline"} & attrs.keys()
+        ):
             continue
-        plain = "cross_entropy" if attrs.get("baseline") else attrs.get("preset")
-        twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(plain or "")
+        is_default = baselines and attrs.get("baseline")
+        loss = "cross_entropy" if is_default else attrs.get("preset", "")
+        twin = ended.known.get(attrs.get("promoted_from", -1)) or defaults.get(loss)
         recipe = attrs.get("digest", str(trial.number))
         if twin is None or recipe in seen or _is_same_training(twin, trial):
             continue

@@ -119,11 +119,11 @@ def _difference(found: RepeatedDifference, p_value: float) -> Found:
 
 
 def _is_rival(session: Session, first: Standing, other: Standing) -> bool:
-    """Whether the seeds cannot tell a recipe from the first one."""
+    """Whether the seeds cannot tell a recipe from the first one; too few of them never do."""
     metric = session.file.objective.metric
     difference = against(session, first, other, names=[metric]).get(metric)
     if difference is None:
-        return False
+        return True
     sign = 1 if METRICS[metric] == "maximize" else -1
     edge = difference.interval.low if sign > 0 else -difference.interval.high
     return edge <= 0

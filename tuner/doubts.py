@@ -40,8 +40,8 @@ def cautions(session: Session) -> Iterator[str]:
 
 def _guesses(session: Session, baseline: FrozenTrial) -> bool:
     attrs, raw = session.study.user_attrs, baseline.user_attrs["metrics"]["raw"]
-    balanced, classes = raw.get("balanced_accuracy"), len(attrs["class_counts"])
-    images = sum(attrs["validation_counts"])
+    balanced, counts = raw.get("balanced_accuracy"), attrs["validation_counts"]
+    images, classes = sum(counts), sum(count > 0 for count in counts)
     return balanced is not None and is_at_chance(balanced, classes, images, progress=1.0)
 
 

@@ -60,7 +60,8 @@ class Ended:
     by number. Of a rung ``given`` are those, trained to its end, whose recipes nobody proposed:
     defaults, and what the rung below promoted. ``again`` are numbers of trials that confirm one.
     ``baseline`` is the plain cross-entropy trial, once it is complete: with it the floor is
-    known, and all trials are ranked anew.
+    known, and all trials are ranked anew. Of several it is the one that was complete first, for
+    everybody, whenever they look.
     """
 
     def __init__(self) -> None:
@@ -87,11 +88,12 @@ class Ended:
         ``place`` says where one ranks, given the baseline.
         """
         new = fresh(trials, self.known)
-        if self.baseline is None:
-            self.baseline = next(filter(_is_baseline, new), None)
-            if self.baseline is not None:
-                self._clear()
-                new = list(trials)
+        known = [] if self.baseline is None else [self.baseline]
+        first = min(known + list(filter(_is_baseline, new)), key=_end, default=None)
+        if first is not self.baseline:
+            self.baseline = first
+            self._clear()
+            new = list(trials)
         for trial in new:
             self.known[trial.number] = trial
             if is_judged(trial):
@@ -124,6 +126,10 @@ class Ended:
         """Complete trials, but for copies, that ended after this one, which is complete too."""
         assert trial.datetime_complete is not None
         return len(self._ends) - bisect(self._ends, (trial.datetime_complete, trial.number))
+
+
+def _end(trial: FrozenTrial) -> tuple[datetime, int]:
+    return trial.datetime_complete or datetime.max, trial.number
 
 
 def _is_baseline(trial: FrozenTrial) -> bool:

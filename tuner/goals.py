@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tuner.climbing import is_over
 from tuner.metrics import METRICS
 from tuner.session import Session
+from tuner.tickets import is_baseline_to_come
 
 
 def reached(session: Session) -> tuple[str, str] | None:
@@ -12,15 +14,28 @@ def reached(session: Session) -> tuple[str, str] | None:
     if budget.target is None and budget.plateau is None:
         return None
     best = session.best()
-    if best is None or not session.keeps_floor(best):
+    if best is None or not session.keeps_floor(best) or _is_floor_to_come(session):
         return None
     if budget.target is not None and _at_least(session, best.values[0], budget.target):
         return "target", f"trial {best.number} reached {best.values[0]:.4f}"
-    if budget.plateau is not None:
+    if budget.plateau is not None and _is_climbed(session):
         since = session.ended().complete_since(best)
         if since >= budget.plateau:
             return "plateau", f"{since} complete trials were not better than trial {best.number}"
     return None
+
+
+def _is_climbed(session: Session) -> bool:
+    """Whether the rungs below the last one are over: until then it trains what compares them."""
+    ladder = session.file.ladder
+    return all(is_over(session, rung) for rung in ladder.searched if rung != ladder.last)
+
+
+def _is_floor_to_come(session: Session) -> bool:
+    """Whether it cannot be said yet who keeps the floor: plain cross-entropy is still trained."""
+    if session.file.objective.floor is None or session.baseline() is not None:
+        return False
+    return is_baseline_to_come(session)
 
 
 def _at_least(session: Session, value: float, target: float) -> bool:

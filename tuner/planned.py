@@ -20,7 +20,12 @@ NEARLY = 0.1
 
 def at(session: Session, rung: Rung) -> list[FrozenTrial]:
     """Trials of a rung but for those beyond the budget."""
-    return [t for t in session.trials() if rung_of(t) == rung and is_planned(t)]
+    return [t for t in everyone(session, rung) if is_planned(t)]
+
+
+def everyone(session: Session, rung: Rung) -> list[FrozenTrial]:
+    """Trials of a rung, those beyond the budget too: what they found counts like any other's."""
+    return [t for t in session.trials() if rung_of(t) == rung]
 
 
 def is_planned(trial: FrozenTrial) -> bool:

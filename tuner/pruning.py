@@ -134,6 +134,6 @@ def is_at_chance(balanced_accuracy: float, num_classes: int, images: int, progre
     """Whether a trial past 30 % of its training still guesses.
 
     True when its balanced accuracy is at most one of ``images`` above 1 / C, which is what
-    predicting a single class gives.
+    predicting a single one of the C classes that have validation images gives.
     """
     return progress >= 0.3 and balanced_accuracy <= 1 / num_classes + 1 / max(images, 1)

@@ -190,6 +190,17 @@ def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def plain(recipe: Recipe) -> Recipe:
+    """The same training with plain cross-entropy and natural sampling in one stage."""
+    training = TRAININGS["single_stage"](
+        batch_size=recipe.training.batch_size,
+        precision=recipe.training.precision,
+        layout=recipe.training.layout,
+    )
+    loss, sampler = LOSSES["cross_entropy"](), SAMPLERS["natural"]()
+    return replace(recipe, loss=loss, sampler=sampler, training=training)
+
+
 def parse_part(part: str, values: Mapping[str, Any] | None, *, where: str) -> Any:
     """Component of one part from its table, ``name`` included; None takes the default.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tuner.engines import make_engine, masked
 from tuner.errors import StorageError, StudyFileError, close_match
 from tuner.evaluation import certainty
 from tuner.fit import check_data, check_fit
-from tuner.ladder import Rung, is_judged
+from tuner.ladder import Rung, is_judged, rung_of
 from tuner.ledger import FencedStorage, Ledger, Limits, prepare, prepared
 from tuner.metrics import METRICS
 from tuner.proxy import RemoteLedger
@@ -30,7 +31,9 @@ from tuner.search import CohortTPESampler
 from tuner.storage import exclusive, lease_seconds, open_storage, opening
 from tuner.stores import Store
 from tuner.study import StudyFile, parse
-from tuner.tickets import fill_queue
+from tuner.tickets import beyond_budget, fill_queue
+
+log = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 GOALS = ("gpu_hours", "hours", "target", "plateau")
@@ -189,7 +192,22 @@ def create(file: StudyFile, url: str, store: Store, data: Data) -> Session:
         # A larger budget is what was asked for; what it still exceeds stops the study again.
         session.ledger.give_order("run")
     fill_queue(session)
+    _warn_of_more(session)
     return session
+
+
+def _warn_of_more(session: Session) -> None:
+    """Say so where more trials wait than a budget, lowered since, allows: they stay queued."""
+    file, last = session.file, session.file.ladder.last
+    own = [t for t in session.trials() if rung_of(t) == last and not beyond_budget(t)]
+    waiting = sum(t.state == TrialState.WAITING for t in own)
+    more = min(waiting, len(own) - file.trials())
+    if more > 0:
+        log.warning(
+            "budget.trials = %d, but %d more wait since it was larger, and are trained too; to end "
+            "the study before: tuner stop %s",
+            *(file.trials(), more, file.name),
+        )
 
 
 def _session(

@@ -31,10 +31,10 @@ def attrs_of(rung: Rung) -> dict[str, Any]:
 
 
 def presets(file: StudyFile, rung: Rung = "full") -> Iterator[Ticket]:
-    """One published default per loss; at ``full`` plain cross-entropy is the baseline already."""
+    """One published default per loss; at ``full`` that of cross-entropy may be the baseline."""
     space = file.space_at(rung)
     for loss in space.parts["loss"]:
-        if loss != "cross_entropy" or rung != "full":
+        if loss != "cross_entropy" or not _has_baseline(file, rung):
             yield space.defaults(loss=loss), {**attrs_of(rung), "preset": loss}
 
 
@@ -72,4 +72,4 @@ def comparisons(file: StudyFile, rung: Rung) -> int:
 
 
 def _has_baseline(file: StudyFile, rung: Rung) -> int:
-    return int(rung == "full" and "cross_entropy" in file.space.parts["loss"])
+    return int(rung == "full" and file.baseline_is_default)

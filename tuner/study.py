@@ -14,7 +14,7 @@ from tuner.entries import Fixed
 from tuner.errors import StudyFileError, shown, unknown_name
 from tuner.ladder import Ladder, Rung, space_at
 from tuner.metrics import METRICS
-from tuner.recipe import PARTS, parse_part, read_text, read_toml
+from tuner.recipe import PARTS, parse_part, plain, read_text, read_toml
 from tuner.registry import checked
 from tuner.sections import Budget, Objective, Search
 from tuner.space import Space, parse_space
@@ -71,6 +71,18 @@ class StudyFile:
         if rung not in self._spaces:
             self._spaces[rung] = space_at(self.space, self.ladder, rung)
         return self._spaces[rung]
+
+    @cached_property
+    def baseline_is_default(self) -> bool:
+        """Whether the baseline is what cross-entropy is with its published default.
+
+        It is not where the space has no natural sampling, say, or smooths labels in any case.
+        """
+        from optuna.trial import FixedTrial
+
+        default = self.space.held(PARTS).suggest(FixedTrial({}))
+        offered = "cross_entropy" in self.space.parts["loss"]
+        return offered and plain(default).digest() == default.digest()
 
     @cached_property
     def _spaces(self) -> dict[Rung, Space]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.climbing import climb, early, ladder_lines
+from tuner.ladder import rung_of
 from tuner.ledger import Lease
 from tuner.plain import shared_out
 from tuner.rounds import confirm_lines, confirming, spare
-from tuner.shares import Ticket, presets
+from tuner.shares import COMPARES, Ticket, budget, presets
 from tuner.study import PROGRESSIVE, distinct_grid
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _due(session: Session, trials: list[FrozenTrial]) -> list[Ticket]:
     waiting = sum(t.state == TrialState.WAITING for t in trials)
     # Many workers come together when the queue runs dry: it is filled once, not topped up by each.
     room = AHEAD - waiting if waiting <= AHEAD // 2 else 0
-    due = _missing(trials, _tickets(session))
+    due = list(_within_budget(session, trials, _missing(trials, _tickets(session))))
     if not due and session.file.ladder.confirms and _is_searched(trials):
         due = _missing(trials, confirming(session))
     if not due and not waiting and any(t.state == TrialState.RUNNING for t in trials):
@@ -76,6 +77,22 @@ def _missing(trials: list[FrozenTrial], tickets: Iterable[Ticket]) -> list[Ticke
         if have[_kind(attrs)] < 0:
             missing.append((params, attrs))
     return missing
+
+
+def _within_budget(
+    session: Session, trials: list[FrozenTrial], tickets: list[Ticket]
+) -> Iterator[Ticket]:
+    """As many of the tickets as their rungs have room for, the first ones.
+
+    A larger budget may change what is promoted: what was trained until then counts all the same.
+    """
+    have = Counter(rung_of(t) for t in trials if not beyond_budget(t))
+    searched = session.file.ladder.searched
+    for params, attrs in tickets:
+        rung = attrs.get("fidelity", "full")
+        have[rung] += 1
+        if rung not in searched or have[rung] <= budget(session.file, rung):
+            yield params, attrs
 
 
 def _is_searched(trials: list[FrozenTrial]) -> bool:
@@ -108,10 +125,16 @@ def retry_failed(session: Session) -> list[int]:
 
 
 def _retry(trial: FrozenTrial) -> Ticket:
-    kept = ("baseline", "preset", *KIND)
+    kept = ("baseline", "again", "preset", *COMPARES, *KIND)
     attrs = {key: trial.user_attrs[key] for key in kept if key in trial.user_attrs}
     params = trial.params or trial.system_attrs.get("fixed_params", {})
     return params, attrs | {"retry_of": trial.number}
+
+
+def is_baseline_to_come(session: Session) -> bool:
+    """Whether a baseline waits, runs, or is due because those before gave no result."""
+    tried = (t for t in session.trials() if t.user_attrs.get("baseline"))
+    return any(not t.state.is_finished() for t in tried) or bool(_another_baseline(session))
 
 
 def _another_baseline(session: Session) -> list[Ticket]:
@@ -145,10 +168,9 @@ def _baseline(session: Session) -> Ticket:
 
 def _tickets(session: Session) -> Iterator[Ticket]:
     file = session.file
-    space, budget = file.space, file.trials()
     yield _baseline(session)
     if file.search.algorithm == "grid":
-        yield from ((params, {}) for params in distinct_grid(space)[: budget - 1])
+        yield from ((params, {}) for params in distinct_grid(file.space)[: file.trials() - 1])
     elif file.search.strategy == "progressive":
         yield from _progressive_tickets(session)
     elif file.ladder.searched == ("full",):
@@ -159,23 +181,23 @@ def _tickets(session: Session) -> Iterator[Ticket]:
 
 def _full_tickets(session: Session) -> Iterator[Ticket]:
     """One published default per loss, the rest free but for what plain cross-entropy is due."""
-    budget = session.file.trials() - 1
-    made = list(presets(session.file))[:budget]
+    room = session.file.trials() - 1
+    made = list(presets(session.file))[:room]
     yield from made
-    yield from shared_out(session, budget - len(made))
+    yield from shared_out(session, room - len(made))
 
 
 def _progressive_tickets(session: Session) -> Iterator[Ticket]:
     """A quarter of the budget for every rung that is reached, its published default first."""
     file, space = session.file, session.file.space
-    budget, size = divmod(file.trials() - 1, len(PROGRESSIVE))
+    count, size = divmod(file.trials() - 1, len(PROGRESSIVE))
     for rung, loss in enumerate(PROGRESSIVE):
-        if rung > 0 and not _climbs(session, rung - 1, budget + (rung - 1 < size)):
+        if rung > 0 and not _climbs(session, rung - 1, count + (rung - 1 < size)):
             return
         natural = "natural" if "natural" in space.parts["sampler"] else "class_aware"
         names = {"loss": loss, "sampler": natural if rung < 3 else "class_aware"}
         open_ = {part: name for part, name in names.items() if len(space.parts[part]) > 1}
-        for position in range(budget + (rung < size)):
+        for position in range(count + (rung < size)):
             # The baseline is the published default of the first rung already.
             first = position == 0 and rung > 0
             params = space.defaults(**names) if first else open_
@@ -204,8 +226,19 @@ def ladder_state(session: Session) -> list[str]:
     """Where the rungs or the progressive strategy stand, line by line; none in a plain search."""
     lines = confirm_lines(session) if session.file.ladder.confirms else []
     if session.file.ladder.searched != ("full",):
-        return ladder_lines(session) + lines
+        return _why_not_climbed(session) + ladder_lines(session) + lines
     return _progressive_state(session) + lines
+
+
+def _why_not_climbed(session: Session) -> list[str]:
+    """That no rung begins without plain cross-entropy, where that gave no result."""
+    tried = sum("baseline" in t.user_attrs for t in session.trials())
+    if session.baseline() is not None or is_baseline_to_come(session) or not tried:
+        return []
+    return [
+        f"plain cross-entropy gave no result in {tried} trials, and the ladder begins with it; "
+        f"why: tuner trials {session.file.name}"
+    ]
 
 
 def _progressive_state(session: Session) -> list[str]:

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from tuner import artifacts
-from tuner.confirm import contenders
+from tuner.confirm import entrants
 from tuner.confirmation import confirmation
 from tuner.datasets import Data, Part
 from tuner.evaluation import adjusted_logits
@@ -25,14 +25,15 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     """Compare the best trial with the baseline on the test part, and store the answer.
 
     The search never sees the test part; it is looked at here, once for every new best trial, and
-    once more when the confirm rung is over. Where the data have none, the validation part stands
-    in, and the answer says so. None while the baseline or any other trial is missing.
+    once more when the confirm rung is over, or has another training. Where the data have none, the
+    validation part stands in, and the answer says so. None while the baseline or any other trial
+    is missing.
     """
     best, baseline = session.best(), session.baseline()
     if best is None or baseline is None:
         return None
     known: dict[str, Any] | None = session.study.user_attrs.get("verdict")
-    again = set() if winner(session) is None else set(contenders(session))
+    again = {} if winner(session) is None else _trained_again(session)
     asked = (best.number, baseline.number, again)
     if known and _asked(known) == asked:
         return known
@@ -45,10 +46,16 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     return verdict
 
 
-def _asked(verdict: dict[str, Any]) -> tuple[int, int, set[int]]:
-    """What a verdict is about: the two trials, and those that were confirmed."""
+def _asked(verdict: dict[str, Any]) -> tuple[int, int, dict[int, int]]:
+    """What a verdict is about: the two trials, and those that were confirmed, how often."""
     rows = (verdict.get("confirmed") or {"recipes": []})["recipes"]
-    return verdict["best"], verdict["baseline"], {row["trial"] for row in rows}
+    again = {row["trial"]: sum(value is not None for value in row["values"]) for row in rows}
+    return verdict["best"], verdict["baseline"], again
+
+
+def _trained_again(session: Session) -> dict[int, int]:
+    """How often recipes of the confirm rung were trained to the end, by number of the trial."""
+    return {each.trial.number: len(each.runs) for each in entrants(session)}
 
 
 def _source(trial: FrozenTrial) -> int:

@@ -21,6 +21,7 @@ from tuner.doubts import cautions
 from tuner.engines import masked
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
+from tuner.rounds import is_decided
 from tuner.session import Session
 from tuner.tickets import ladder_state
 from tuner.trainer import EpochResult
@@ -86,7 +87,10 @@ def _print_confirmed(console: Console, session: Session, verdict: Mapping[str, A
         for line in confirmed_lines(found, metric):
             console.print(escape(line), soft_wrap=True)
     elif session.file.ladder.confirms:
-        console.print("The confirm rung has no answer yet: this is what the search alone found.")
+        why = (
+            "no answer yet" if not is_decided(session) else "no answer, as all recipes failed there"
+        )
+        console.print(f"The confirm rung has {why}: this is what the search alone found.")
 
 
 def command(name: str, argument: str, options: Mapping[str, object]) -> str:

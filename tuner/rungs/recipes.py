@@ -15,11 +15,10 @@ from tuner.datasets import Data
 from tuner.imbalance import correction_warning
 from tuner.ladder import rung_of
 from tuner.losses import LOSSES
-from tuner.recipe import PARTS, Recipe
+from tuner.recipe import Recipe, plain
 from tuner.samplers import SAMPLERS
 from tuner.session import Session
 from tuner.trained import stored_recipe
-from tuner.training import TRAININGS
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +107,6 @@ def kept_trials(session: Session) -> set[int]:
         wanted |= {t.number for t in session.trials() if t.user_attrs.get("confirms") in wanted}
     known = session.ended().known
     return {known[n].user_attrs.get("duplicate_of", n) if n in known else n for n in wanted}
-
-
-def plain(recipe: Recipe) -> Recipe:
-    """The same training with plain cross-entropy and natural sampling in one stage."""
-    training = TRAININGS["single_stage"](
-        batch_size=recipe.training.batch_size,
-        precision=recipe.training.precision,
-        layout=recipe.training.layout,
-    )
-    loss, sampler = PARTS["loss"]["cross_entropy"](), SAMPLERS["natural"]()
-    return replace(recipe, loss=loss, sampler=sampler, training=training)
 
 
 def equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:

@@ -247,7 +247,8 @@ class Training:
         images = len(data.validation.targets)
         best = max(m["balanced_accuracy"] or 0.0 for m in (assessment.raw, assessment.adjusted))
         reason = None
-        if is_at_chance(best, data.num_classes, images, result.progress) and not self._unsettled(
+        classes = int((data.validation.targets.bincount() > 0).sum())
+        if is_at_chance(best, classes, images, result.progress) and not self._unsettled(
             result.progress
         ):
             reason = "chance"

@@ -9,6 +9,9 @@ from statistics import fmean, variance
 
 from tuner.statistics._intervals import Interval
 
+ROUNDING = 1e-9
+"""Differences of metrics that are equal are computed to be so but for less than this."""
+
 
 @dataclass(frozen=True)
 class RepeatedDifference:
@@ -34,7 +37,9 @@ def repeated_difference(
     (1/r + ratio) times that of the differences, the corrected resampled t-test of Nadeau and
     Bengio (2003). The p-value is one-sided, for a mean of at most zero; of at least zero where
     smaller values are better (``maximize`` is false). The interval ends at the ``largest``
-    difference that there can be, either way.
+    difference that there can be, either way. Equal differences, as few images give, have no
+    variance: then it is the p-value of coins that fall alike, and the interval reaches to zero
+    while so few coins do not exclude that.
 
     Raises:
         ValueError: There are fewer than two differences.
@@ -47,10 +52,11 @@ def repeated_difference(
     mean = fmean(differences)
     error = math.sqrt((1 / count + ratio) * variance(differences))
     gain = mean if maximize else -mean
-    half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
-    if error > 0:
+    if error > ROUNDING:
+        half = float(t.ppf((1 + confidence) / 2, count - 1)) * error
         p_value = float(t.sf(gain / error, count - 1))
-    else:  # Nothing to divide by: how often that many coins fall alike.
-        p_value = 0.5**count if gain > 0 else 1.0
+    else:
+        half = abs(mean) if 2 * 0.5**count > 1 - confidence else 0.0
+        p_value = 0.5**count if gain > ROUNDING else 1.0
     interval = Interval(max(mean - half, -largest), min(mean + half, largest))
     return RepeatedDifference(mean, interval, p_value)
