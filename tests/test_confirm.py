@@ -405,6 +405,26 @@ def test_card_tells_the_spread_over_seeds_instead_of_that_there_was_one(
     assert "One training with one seed" not in card
 
 
+def test_card_says_that_a_recipe_breaks_the_floor(
+    trained: Session, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, best = verdict.decide(trained, digits), trained.best()
+    assert best is not None
+    metrics = collect_metrics(trained, best, best.user_attrs, digits, found)
+    for keeps in (True, False):
+        monkeypatch.setattr(Session, "keeps_floor", lambda *_, keeps=keeps: keeps)
+        card = model_card(trained, best, digits, metrics)
+        assert ("In the search it broke the floor: " in card) == (not keeps)
+
+
+def test_history_in_the_report_names_the_best_of_the_search(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, lucky)
+    assert numbers.history_data(session).best == 7, "the confirm rung chose 6"
+
+
 def test_differences_to_plain_cross_entropy_are_paired_by_seed(trained: Session) -> None:
     first, *others = standings(trained)
     other = others[-1]

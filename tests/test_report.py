@@ -105,6 +105,15 @@ class TestPage:
         [first, *_] = conclusions(session, told)
         assert first.endswith(f"accuracy by +20.0 [+10.0, +30.0] points. {ONE_TRAINING_EACH}")
 
+    def test_terminal_says_why_an_interval_without_zero_shows_no_difference(
+        self, session: Session
+    ) -> None:
+        found = verdict(best=3, beyond_adjustment={})
+        shown = found["differences"]["tail_accuracy"]
+        found["differences"]["tail_accuracy"] = {**shown, "p_value": 0.053}
+        [first, *_] = conclusions(session, found)
+        assert "do not show a difference in tail accuracy (p = 0.053, corrected" in first
+
     def test_has_all_figures_and_plotly_once(self, page: str) -> None:
         assert figure_names(page) == ["recall", "history", "losses", "tradeoff", "pruning"]
         assert page.count("plotly.js v") == 1

@@ -21,7 +21,7 @@ from tuner.datasets import Data
 from tuner.ladder import ConfirmRung, rung_of
 from tuner.ledger import Lease
 from tuner.report import data as numbers
-from tuner.report.confirmed import confirmed
+from tuner.report.confirmed import confirmed, shrinkage, tuned
 from tuner.rounds import confirm_lines, winner
 from tuner.rungs.attempt import Attempt
 from tuner.session import Session
@@ -198,6 +198,50 @@ def test_dropping_only_takes_findings_away(make_session: MakeSession, digits: Da
             after, all_of_them = (r["to_plain"][METRIC] for r in (row, before))
             assert after["estimate"] == all_of_them["estimate"]
             assert after["p_value"] >= all_of_them["p_value"]
+
+
+def told(found: dict[str, Any], session: Session) -> tuple[str, str]:
+    """What the terminal and the report say of a rung's outcome."""
+    session.study.set_user_attr("verdict", {"confirmed": found})
+    data = numbers.confirmed_data(session)
+    assert data is not None
+    return " ".join(confirmed_lines(found, METRIC)), shrinkage(data)
+
+
+def test_recipes_that_are_better_but_break_the_floor_are_named(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, by_number)
+    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
+    assert found is not None
+    assert not any("break" in text for text in told(found, session)), "nobody breaks it"
+    first, *others = [row for row in found["recipes"] if not row["dropped"]]
+    first["values"], found["rivals"] = [0.05] * len(first["values"]), []
+    for row in others:
+        row["keeps_floor"] = False
+    [before, *_, last] = (row["trial"] for row in others)
+    for text in told(found, session):
+        assert f"rials {before}, " in text
+        assert f"{last} are better on average, but break the floor." in text
+    assert "No other with every seed keeps the floor." in told(found, session)[1]
+    first["keeps_floor"] = False
+    assert "No recipe with every seed keeps the floor; this one" in told(found, session)[1]
+
+
+def test_p_value_of_the_seeds_is_called_one_sided(make_session: MakeSession, digits: Data) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, by_number)
+    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
+    assert found is not None
+    found["recipes"][0]["to_tuned"] = {
+        METRIC: {"estimate": -0.1, "low": -0.2, "high": -0.01, "p_value": 1.0}
+    }
+    session.study.set_user_attr("verdict", {"confirmed": found})
+    data = numbers.confirmed_data(session)
+    assert data is not None
+    assert "one-sided p = 1.000" in " ".join(confirmed_lines(found, METRIC))
+    assert "one-sided p = 1.000" in tuned(data)
 
 
 def test_report_and_terminal_say_who_was_dropped(

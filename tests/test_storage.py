@@ -73,7 +73,9 @@ def test_reader_does_not_wait_for_a_writer(sqlite: str) -> None:
     [
         ("nonsense", "no database URL"),
         ("sqlite://", "give sqlite:///FILE.db"),
+        ("sqlite://runs/tuner.db", "three slashes: sqlite:///runs/tuner.db"),
         ("oracle://host/name", "oracle"),
+        ("postgres://me@host/name", r"postgres is no .* postgresql\+psycopg://USER@HOST/DATABASE"),
     ],
 )
 def test_storage_that_cannot_be_is_refused_with_the_way_out(url: str, said: str) -> None:

@@ -65,7 +65,7 @@ def _summary(session: Session, trial: FrozenTrial, data: Data, metrics: dict[str
     counts, attrs = data.class_counts, trial.user_attrs
     groups = ", ".join(f"{len(v)} {k}" for k, v in data.groups.named().items())
     return (
-        f"{_standing(session, trial)}. Loss `{attrs['loss']}`, sampler "
+        f"{_standing(session, trial)}.{_breach(session, trial)} Loss `{attrs['loss']}`, sampler "
         f"`{attrs['sampler']}`, total correction κ = {attrs['kappa']:.2f}, post-hoc adjustment "
         f"τ = {attrs['tau']:.2f}. In training, {metrics['sampling']}.\n\n"
         f"Data: {data.name}, {data.num_classes} classes ({groups}), {int(counts.sum())} training "
@@ -83,6 +83,13 @@ def _standing(session: Session, trial: FrozenTrial) -> str:
     if own == len(ended):
         return f"{first} of {own} trials"
     return f"{first} of {own} trials of the {rung_of(trial)} rung ({len(ended)} of all rungs)"
+
+
+def _breach(session: Session, trial: FrozenTrial) -> str:
+    """That the search would not have taken it, had it found one that keeps the floor."""
+    if session.keeps_floor(trial):
+        return ""
+    return f" In the search it broke the floor: {session.file.objective.floor}."
 
 
 def _head_only(session: Session) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -10,7 +11,7 @@ from tuner.confirm import Role, Standing, against, mean_breach, plain_of, standi
 from tuner.datasets import Data
 from tuner.evaluation import adjusted_logits
 from tuner.metrics import METRICS, evaluate
-from tuner.rounds import winner
+from tuner.rounds import named, winner
 from tuner.session import Session
 from tuner.statistics import RepeatedDifference, holm
 from tuner.trained import trained_lane
@@ -61,6 +62,28 @@ def confirmation(
         ],
         "test": [] if data.test is None else _on_test(session, found, data, names, device),
     }
+
+
+def passed_over(found: Found, metric: str) -> list[int]:
+    """Trials with every seed and a better mean than the first, which break the floor."""
+    first, *others = [row for row in found["recipes"] if not row["dropped"]]
+    sign = 1 if METRICS[metric] == "maximize" else -1
+    return [
+        row["trial"]
+        for row in others
+        if not row["keeps_floor"] and sign * (_mean(row) - _mean(first)) > 0
+    ]
+
+
+def better_but(trials: Sequence[int]) -> str:
+    """What is said of those ``passed_over``."""
+    better, breaks = ("are", "break") if len(trials) > 1 else ("is", "breaks")
+    return f"{named(trials)} {better} better on average, but {breaks} the floor."
+
+
+def _mean(row: Found) -> float:
+    known = [value for value in row["values"] if value is not None]
+    return fmean(known) if known else math.nan
 
 
 def _is_dropped(session: Session, each: Standing) -> bool:

@@ -96,7 +96,13 @@ def parse_url(url: str) -> URL:
     if "@" in (parsed.host or ""):
         raise StorageError("the password in the storage URL has an @; write it as %40")
     if backend not in DRIVERS:
-        raise StorageError(f"{backend} is no storage Tuner knows; use SQLite, PostgreSQL or MySQL")
+        raise StorageError(
+            f"{backend} is no storage Tuner knows; use sqlite:///FILE.db, "
+            "postgresql+psycopg://USER@HOST/DATABASE or mysql+pymysql://USER@HOST/DATABASE"
+        )
+    if backend == "sqlite" and parsed.host:
+        path = "/".join(filter(None, (parsed.host, parsed.database)))
+        raise StorageError(f"a SQLite file stands behind three slashes: sqlite:///{path}")
     if "+" not in parsed.drivername:
         parsed = parsed.set(drivername=f"{parsed.drivername}+{DRIVERS[backend]}")
     return parsed

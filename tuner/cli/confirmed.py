@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from tuner.confirm import ROLE_NAMES
-from tuner.confirmation import amount, p_value, spread, unit
+from tuner.confirmation import amount, better_but, p_value, passed_over, spread, unit
 from tuner.rounds import named
 
 
@@ -61,6 +61,8 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
     )
     if found["rivals"]:
         yield f"The seeds do not tell it from {named(found['rivals'])}."
+    if beyond := passed_over(found, metric):
+        yield f"With these seeds {better_but(beyond)}"
     if any(row["dropped"] for row in found["recipes"]):
         yield (
             f"Recipes with fewer than {found['seeds']} seeds were dropped on the way: they stood "
@@ -73,7 +75,7 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
         if told is None
         else (
             f"; the difference to that is {_difference(metric, told)}{unit(metric) and ' points'}, "
-            f"{p_value(told['p_value'])}"
+            f"one-sided {p_value(told['p_value'])}"
         )
     )
     yield f"Plain cross-entropy was tuned with {tuned} of {searched} trials{more}."

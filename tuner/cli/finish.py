@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.cli.show import percent
-from tuner.confirmation import ONE_TRAINING_EACH
+from tuner.confirmation import ONE_TRAINING_EACH, p_value
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.engines import masked
@@ -159,7 +159,8 @@ def _difference(metric: str, verdict: dict[str, Any]) -> str:
     found = verdict["differences"][shown]
     sure = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < LEVEL
     if not sure:
-        return f"These images do not show a difference in {LABELS[shown]} accuracy."
+        chance = f"{p_value(found['p_value'])}, corrected for several metrics"
+        return f"These images do not show a difference in {LABELS[shown]} accuracy ({chance})."
     text = f"The two models differ in {LABELS[shown]} accuracy by {points(found)} points."
     rivals = (verdict.get("confirmed") or {}).get("rivals", ())
     return f"{text} {ONE_TRAINING_EACH}" if verdict["baseline"] in rivals else text

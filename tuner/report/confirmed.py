@@ -7,13 +7,21 @@ from collections.abc import Iterator, Sequence
 import plotly.graph_objects as go
 
 from tuner.confirm import ROLE_NAMES
+from tuner.confirmation import better_but
 from tuner.report.data import ConfirmedData, ConfirmedRecipe, Difference, Repeated
 from tuner.report.drawing import BLUE, GREY, ORANGE, add_points, axis_title, new_figure, scaled
 from tuner.report.markup import Html, element, plot, table
-from tuner.report.words import amount, count, in_figure, label, p_value, size
+from tuner.report.words import amount, capital, count, in_figure, label, p_value, size
 from tuner.rounds import named
 
-HEADS = ("recipe", "in the search", "with fresh seeds", "to plain cross-entropy", "p-value", "test")
+HEADS = (
+    "recipe",
+    "in the search",
+    "with fresh seeds",
+    "to plain cross-entropy",
+    "one-sided p",
+    "test",
+)
 
 
 def confirmed(found: ConfirmedData | None) -> Iterator[Html]:
@@ -45,10 +53,21 @@ def shrinkage(found: ConfirmedData) -> str:
         f"Trial {first.trial} had a {label(metric)} of {seen} in the search. "
         f"With fresh seeds{images} the same recipe has {spread(metric, first.fresh)}."
     )
+    beyond = f" {capital(better_but(found.passed_over))}" if found.passed_over else ""
+    return f"{text} {_told_from(found)}{beyond}"
+
+
+def _told_from(found: ConfirmedData) -> str:
+    """Who the best recipe is told from, if there is anybody whom it could be taken for."""
     if found.rivals:
-        return f"{text} These trainings do not tell it from {named(found.rivals)}."
-    every = " with every seed" if any(recipe.dropped for recipe in found.recipes) else ""
-    return f"{text} These trainings tell it from every other{every} that keeps the floor."
+        return f"These trainings do not tell it from {named(found.rivals)}."
+    first, *others = found.recipes
+    every = " with every seed" if any(recipe.dropped for recipe in others) else ""
+    if not first.keeps_floor:
+        return f"No recipe{every} keeps the floor; this one breaks it least."
+    if any(recipe.keeps_floor and not recipe.dropped for recipe in others):
+        return f"These trainings tell it from every other{every} that keeps the floor."
+    return f"No other{every} keeps the floor."
 
 
 def tuned(found: ConfirmedData) -> str:
@@ -57,7 +76,9 @@ def tuned(found: ConfirmedData) -> str:
     text = f"Plain cross-entropy was tuned with {own:,} of {count(trials, 'trial')}"
     if told is None:
         return f"{text}."
-    return f"{text}; the difference to that is {_gain(found.metric, told)}, {p_value(told)}."
+    return (
+        f"{text}; the difference to that is {_gain(found.metric, told)}, one-sided {p_value(told)}."
+    )
 
 
 def _why_fewer(found: ConfirmedData) -> str:
@@ -95,7 +116,7 @@ def _row(found: ConfirmedData, recipe: ConfirmedRecipe) -> list[object]:
         f"{name_of(recipe)}{floor}{dropped}",
         amount(metric, recipe.search),
         _number(spread(metric, recipe.fresh)),
-        element("span", beside, class_=None if told is None else told.outcome),
+        "" if told is None else element("span", beside, class_=told.outcome),
         _number(p_value(told)),
         "" if recipe.test is None else _number(spread(metric, recipe.test)),
     ]

@@ -24,7 +24,8 @@ def lead(
     where = f"{count(verdict.images, 'image')} of the {verdict.part} part"
     how = f", the best recipe with logit adjustment τ = {verdict.tau:.2f}" if verdict.tau else ""
     yield table(
-        f"Both models on the same {where}{how}; in brackets, 95 % intervals.",
+        f"Both models on the same {where}{how}; in brackets, 95 % intervals. The p-values, unlike "
+        "the intervals, are corrected for several metrics; a difference counts where both show it.",
         ["", "plain cross-entropy", "best recipe", "difference", "p-value"],
         [_verdict_row(row, verdict.part) for row in verdict.rows],
     )

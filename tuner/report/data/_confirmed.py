@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from tuner.confirmation import passed_over
 from tuner.metrics import METRICS
 from tuner.report.data._answer import LEVEL, Difference
 from tuner.report.data._answer import Outcome as Told
@@ -59,6 +60,7 @@ class ConfirmedRecipe:
 class ConfirmedData:
     """The recipes that were confirmed, the best first; ``rivals`` are not told apart from it.
 
+    Those ``passed_over`` have a better mean with every seed, but break the floor.
     ``tuned_with`` are the trials that tuned plain cross-entropy, and all of the full rung.
     """
 
@@ -69,6 +71,7 @@ class ConfirmedData:
     tuned_with: tuple[int, int]
     recipes: tuple[ConfirmedRecipe, ...]
     rivals: tuple[int, ...]
+    passed_over: tuple[int, ...] = ()
 
 
 def confirmed_data(session: Session) -> ConfirmedData | None:
@@ -87,6 +90,7 @@ def confirmed_data(session: Session) -> ConfirmedData | None:
         tuned_with=tuple(found["tuned_with"]),
         recipes=tuple(_recipe(row, metric, test.get(row["trial"])) for row in found["recipes"]),
         rivals=tuple(found["rivals"]),
+        passed_over=tuple(passed_over(found, metric)),
     )
 
 

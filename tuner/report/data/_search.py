@@ -115,9 +115,12 @@ class HeadTailData:
 
 
 def history_data(session: Session) -> HistoryData:
-    """The trials of the last rung in the order of their numbers."""
+    """The trials of the last rung in the order of their numbers.
+
+    The best is that of the search; which one the confirm rung chose is another question.
+    """
     session = still(session)
-    metric, best = session.file.objective.metric, session.best()
+    metric, best = session.file.objective.metric, session.best_found()
     place = places(session)
     points = [_point(session, trial, place(trial.number)) for trial in searched(session)]
     return HistoryData(
