@@ -162,7 +162,8 @@ def test_check_prints_the_space_and_looks_at_the_data(tuner: Tuner) -> None:
     looked = tuner("check", "small.toml", "--load")[0]
     assert "imbalance ratio" in looked
     assert re.search(r"a trial has \d+ optimizer steps: \d+ in each of its epochs", looked)
-    floor = "accuracy at most 2 points, and 20 % of it"
+    points = "at most 2 points, and 20 % of it,"
+    floor = f"accuracy {points} below that of plain cross-entropy, unadjusted"
     assert f"objective: adjusted tail_accuracy; {floor}" in looked
 
 

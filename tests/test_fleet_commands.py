@@ -61,11 +61,19 @@ def test_an_order_reaches_every_worker_and_says_how_soon(fleet: Fleet, command: 
     ledger.lease_seconds = 20.0
     workers = [enter(ledger, name) for name in ("one", "other")]
     text = fleet.said(command, "small", "--reason", "new driver")
-    assert "2 workers hear it within 5 s" in text
+    assert "2 workers hear it within 5 s: they finish the step at hand, keep their" in text
     assert "tuner resume small" in text
     for worker in workers:
         told = ledger.beat(worker, "idle")
         assert (told.state, told.reason) == (command, "new driver")
+
+
+def test_a_single_worker_is_told_of_as_one(fleet: Fleet) -> None:
+    enter(fleet.ledger(), "one")
+    text = fleet.said("pause", "small")
+    assert "1 worker hears it within" in text
+    assert "s: it finishes the step at hand, keeps its" in text
+    assert "back and waits\n" in text
 
 
 def test_who_gave_the_order_and_why_stands_in_the_status(fleet: Fleet) -> None:

@@ -46,7 +46,7 @@ def test_target_waits_for_the_floor_while_plain_cross_entropy_is_trained(
     metrics = {"tail_accuracy": 0.1, "accuracy": 0.9, "balanced_accuracy": 0.9}
     baseline.set_user_attr("metrics", {"raw": metrics, "adjusted": metrics})
     session.study.tell(baseline, 0.1)
-    assert reached(session) == ("plateau", "1 complete trials were not better than trial 2")
+    assert reached(session) == ("plateau", "1 complete trial was not better than trial 2")
     session = make_session(budget={"trials": 9, "epochs": 3, "target": 0.4, "plateau": 1})
     assert reached(session) == ("target", "trial 2 reached 0.5000")
 

@@ -225,6 +225,12 @@ def test_recipes_that_are_better_but_break_the_floor_are_named(
         assert f"rials {before}, " in text
         assert f"{last} are better on average, but break the floor." in text
     assert "No other with every seed keeps the floor." in told(found, session)[1]
+    others[0]["keeps_floor"] = True
+    only = f"tell it from trial {others[0]['trial']}, the only other with every seed that keeps"
+    assert only in told(found, session)[1]
+    alone = found | {"recipes": [first]}
+    assert "No other recipe was trained again." in told(alone, session)[1]
+    others[0]["keeps_floor"] = False
     first["keeps_floor"] = False
     assert "No recipe with every seed keeps the floor; this one" in told(found, session)[1]
 
@@ -260,3 +266,17 @@ def test_report_and_terminal_say_who_was_dropped(
     Console(width=200).print(confirmed_table(found, METRIC))
     assert capsys.readouterr().out.count("(1 of 3 seeds)") == 2
     assert any("does not show them to be worse" in line for line in confirmed_lines(found, METRIC))
+
+
+def test_floor_that_plain_cross_entropy_breaks_is_said_to_be_unadjusted(
+    make_session: MakeSession, digits: Data
+) -> None:
+    session = make_session(**SEARCH)
+    climb_to_the_top(session, digits, by_number)
+    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
+    assert found is not None
+    said = "The floor is that of plain cross-entropy, unadjusted"
+    assert said not in told(found, session)[0], "nobody breaks it"
+    plain = next(row for row in found["recipes"] if row["role"] == "plain")
+    plain["keeps_floor"] = False
+    assert said in told(found, session)[0]

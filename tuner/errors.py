@@ -65,6 +65,11 @@ def close_match(name: str, known: Iterable[str], otherwise: str = ".") -> str:
     return f"{hint} Known: {', '.join(known)}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 image``, ``2 images``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def shown(value: object) -> str:
     """A value as a TOML file writes it, shortened to ``SHOWN_LENGTH`` characters."""
     text = _toml(value)

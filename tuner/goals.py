@@ -21,7 +21,8 @@ def reached(session: Session) -> tuple[str, str] | None:
     if budget.plateau is not None and _is_climbed(session):
         since = session.ended().complete_since(best)
         if since >= budget.plateau:
-            return "plateau", f"{since} complete trials were not better than trial {best.number}"
+            more = "trial was" if since == 1 else "trials were"
+            return "plateau", f"{since} complete {more} not better than trial {best.number}"
     return None
 
 

@@ -13,6 +13,8 @@ from tuner.registry import component
 LARGEST = 100_000
 LARGEST_SHARE = 0.2
 """What a floor lets go of the baseline's value at most, if its ``drop`` is no larger."""
+PLAIN = "of plain cross-entropy, unadjusted"
+"""What the floor is measured from, whether trials are judged adjusted or not."""
 
 
 @component
@@ -41,9 +43,9 @@ class Floor:
 
     def __str__(self) -> str:
         if METRICS[self.metric] == "minimize":
-            return f"{self.metric} at most {self.drop:g} above plain cross-entropy"
+            return f"{self.metric} at most {self.drop:g} above that {PLAIN}"
         points = f"at most {100 * self.drop:g} points, and {100 * self._share:g} % of it,"
-        return f"{self.metric} {points} below plain cross-entropy"
+        return f"{self.metric} {points} below that {PLAIN}"
 
 
 def _floor(value: Any) -> Any:

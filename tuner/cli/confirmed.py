@@ -10,6 +10,7 @@ from rich.table import Table
 from tuner.confirm import ROLE_NAMES
 from tuner.confirmation import amount, better_but, p_value, passed_over, spread, unit
 from tuner.rounds import named
+from tuner.sections import PLAIN
 
 
 def confirmed_table(found: dict[str, Any], metric: str) -> Table:
@@ -63,6 +64,8 @@ def confirmed_lines(found: dict[str, Any], metric: str) -> Iterator[str]:
         yield f"The seeds do not tell it from {named(found['rivals'])}."
     if beyond := passed_over(found, metric):
         yield f"With these seeds {better_but(beyond)}"
+    if found["adjusted"] and not all(row["keeps_floor"] for row in found["recipes"]):
+        yield f"The floor is that {PLAIN}: adjusted, plain cross-entropy too may break it."
     if any(row["dropped"] for row in found["recipes"]):
         yield (
             f"Recipes with fewer than {found['seeds']} seeds were dropped on the way: they stood "

@@ -19,6 +19,7 @@ from tuner.confirmation import ONE_TRAINING_EACH, p_value
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.engines import masked
+from tuner.errors import counted
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
 from tuner.rounds import is_decided
@@ -106,8 +107,8 @@ def command(name: str, argument: str, options: Mapping[str, object]) -> str:
 def verdict_table(verdict: dict[str, Any]) -> Table:
     """Accuracies of plain cross-entropy and the best recipe, percent with 95 % intervals."""
     plain, best = verdict["rows"][:2]
-    images = sum(verdict["counts"])
-    table = Table(title=f"accuracy on the {verdict['part']} part ({images} images), 95 % intervals")
+    images = counted(sum(verdict["counts"]), "image")
+    table = Table(title=f"accuracy on the {verdict['part']} part ({images}), 95 % intervals")
     table.add_column("%")
     for row in (plain, best):
         table.add_column(f"{row['name']}\ntrial {row['trial']}", justify="right", no_wrap=True)

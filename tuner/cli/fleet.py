@@ -29,12 +29,9 @@ def stop(study: StudyName, reason: Reason = None, storage: Storage = None) -> No
     """Tell every worker to keep its trial's state, put it back and leave."""
     session = joined(study, storage, None, writes=True, check=False)
     _order(session, "stop", reason)
-    told = _told(session)
+    told = _told(session, "leave")
     if told:
-        print(
-            f"{told}: they finish the step at hand, keep their trials' state, put the trials "
-            "back and leave"
-        )
+        print(told)
     else:
         print("no worker is there; one that starts leaves at once")
     print(f"to go on: tuner resume {session.file.name}")
@@ -45,12 +42,9 @@ def pause(study: StudyName, reason: Reason = None, storage: Storage = None) -> N
     """Tell every worker to put its trial back and wait, its data still loaded."""
     session = joined(study, storage, None, writes=True, check=False)
     _order(session, "pause", reason)
-    told = _told(session)
+    told = _told(session, "wait")
     if told:
-        print(
-            f"{told}: they finish the step at hand, keep their trials' state, put the trials "
-            "back and wait"
-        )
+        print(told)
     else:
         print("no worker is there; one that starts waits")
     print(f"to go on: tuner resume {session.file.name}")
@@ -62,15 +56,19 @@ def _order(session: Session, state: str, reason: str | None) -> None:
     session.ledger.give_order(state, text or None, f"told by {who}")
 
 
-def _told(session: Session) -> str | None:
-    """How many workers hear an order, and within what time; None when there are none."""
+def _told(session: Session, last: str) -> str | None:
+    """How many workers hear an order, and what they do, ``last`` at last; None: there are none."""
     from tuner.pulse import BEATS_PER_LEASE
 
     rows = present(session)
     if not rows:
         return None
     pause = max(row["lease_until"] - row["heartbeat_at"] for row in rows) / BEATS_PER_LEASE
-    return f"{_count(len(rows), 'worker hears', 'workers hear')} it within {pause:.0f} s"
+    if len(rows) == 1:
+        does = "it finishes the step at hand, keeps its trials' state, puts the trials back and"
+        return f"1 worker hears it within {pause:.0f} s: {does} {last}s"
+    do = "they finish the step at hand, keep their trials' state, put the trials back and"
+    return f"{len(rows)} workers hear it within {pause:.0f} s: {do} {last}"
 
 
 def present(session: Session) -> list[dict[str, Any]]:

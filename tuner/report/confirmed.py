@@ -65,9 +65,13 @@ def _told_from(found: ConfirmedData) -> str:
     every = " with every seed" if any(recipe.dropped for recipe in others) else ""
     if not first.keeps_floor:
         return f"No recipe{every} keeps the floor; this one breaks it least."
-    if any(recipe.keeps_floor and not recipe.dropped for recipe in others):
+    kept = [each.trial for each in others if each.keeps_floor and not each.dropped]
+    if len(kept) == 1:
+        only = f"the only other{every} that keeps the floor"
+        return f"These trainings tell it from {named(kept)}, {only}."
+    if kept:
         return f"These trainings tell it from every other{every} that keeps the floor."
-    return f"No other{every} keeps the floor."
+    return f"No other{every} keeps the floor." if others else "No other recipe was trained again."
 
 
 def tuned(found: ConfirmedData) -> str:
