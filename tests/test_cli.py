@@ -161,6 +161,8 @@ def test_check_prints_the_space_and_looks_at_the_data(tuner: Tuner) -> None:
     }
     looked = tuner("check", "small.toml", "--load")[0]
     assert "imbalance ratio" in looked
+    assert re.search(r"\d+ training, \d+ validation and \d+ test images", looked)
+    assert re.search(r"per class in training \(\d+ to \d+ with validation, as data.tail", looked)
     assert re.search(r"a trial has \d+ optimizer steps: \d+ in each of its epochs", looked)
     points = "at most 2 points, and 20 % of it,"
     floor = f"accuracy {points} below that of plain cross-entropy, unadjusted"
@@ -220,6 +222,25 @@ def test_error_is_one_message_on_stderr_and_exit_code_1(
     assert said in err
     assert "Traceback" not in err
     assert "Traceback" in tuner("--debug", *arguments, code=1)[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "data", "said"),
+    [
+        (("check", "--load"), 'root = "gone"', "gone: there is no such folder; correct root under"),
+        (("run", "--device", "cpu"), 'root = "gone"', "gone: there is no such folder; correct"),
+        (("check", "--load"), 'root = "photos"\ntail = { max_count = 2 }', "data.tail: no class"),
+    ],
+)
+def test_error_of_the_data_names_the_study_file(
+    tmp_path: Path, command: tuple[str, ...], data: str, said: str
+) -> None:
+    tuner = Tuner(tmp_path)
+    photos(tmp_path / "photos", {"cat": 9, "dog": 9})
+    text = STUDY.replace('"digits"', f'"image_folder"\n{data}')
+    (tmp_path / "small.toml").write_text(re.sub("\nprofile.*", "", text))
+    name, *options = command
+    assert f"tuner: small.toml: {said}" in tuner(name, "small.toml", *options, code=1)[1]
 
 
 def test_module_runs_as_a_program() -> None:

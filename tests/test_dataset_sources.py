@@ -52,7 +52,7 @@ def broken_folder(root: Path, kind: str) -> str:
         ("one class", "one class only .'cat'."),
         ("empty class", "has no image"),
         ("no images", "has no image"),
-        ("truncated", "of 10 images cannot be decoded"),
+        ("truncated", "1 of 4 validation images cannot be decoded"),
     ],
 )
 def test_broken_folders_are_refused_with_the_path(tmp_path: Path, kind: str, message: str) -> None:
@@ -101,8 +101,25 @@ def test_images_that_are_not_there_are_named_in_every_part(tmp_path: Path) -> No
         photos(tmp_path / part, {"cat": 5, "dog": 5})
     gone = tmp_path / "test" / "cat" / "gone.png"
     gone.symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(DataError, match=rf"1 of .* images cannot be decoded: {gone} \(No such"):
+    with pytest.raises(
+        DataError, match=rf"1 of 11 test images cannot be decoded: {gone} \(No such"
+    ):
         folder(tmp_path).build()
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["folders", "carved"])
+def test_broken_images_of_all_parts_are_told_of_at_once(tmp_path: Path, apart: bool) -> None:
+    for number, part in enumerate(("train", "val", "test") if apart else (".",)):
+        photos(tmp_path / part, {"cat": 9, "dog": 9}, first=100 * number)
+    broken = sorted(tmp_path.rglob("cat/*.png"))
+    for path in broken:
+        path.write_bytes(b"broken")
+    expected = "9 of 18 training images and 9 of 18 validation images and 9 of 18 test images"
+    if not apart:
+        expected = r"5 of 10 training images and 2 of 4 validation images and 2 of 4 test images"
+    with pytest.raises(DataError, match=f"^{expected} cannot be decoded") as error:
+        folder(tmp_path).build()
+    assert "(cannot identify image file)" in str(error.value), "its path stands before it"
 
 
 def test_class_folders_whose_name_is_not_utf_8_are_refused(tmp_path: Path) -> None:
@@ -177,6 +194,32 @@ def test_a_single_file_that_is_not_read_is_named(tmp_path: Path) -> None:
     assert folder(tmp_path).build().warnings[0] == (
         f"1 file was passed over, for example {tmp_path}/cat/deep/a.jp2: .jp2 is not read"
     )
+
+
+def test_images_beside_the_class_folders_are_told_of(tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test")):
+        photos(tmp_path / part, {"cat": 5, "dog": 5}, first=100 * number)
+    for name in ("test/b.png", "test/a.JPG", "test/.hidden.png", "test/notes.txt"):
+        (tmp_path / name).touch()
+    (warning,) = folder(tmp_path).build().warnings
+    assert warning == (
+        f"{tmp_path}/test: 2 images lie beside the class folders, for example a.JPG: without a "
+        "class, they were passed over"
+    )
+    photos(tmp_path / "plain", {"cat": 5, "dog": 5}, first=300)
+    (tmp_path / "plain" / "one.png").touch()
+    (warning,) = folder(tmp_path / "plain").build().warnings
+    assert "plain: 1 image lies beside" in warning
+    assert "one.png: without a class, it was passed over" in warning
+
+
+def test_an_image_that_is_in_two_parts_is_counted_as_one(tmp_path: Path) -> None:
+    for number, part in enumerate(("train", "test")):
+        photos(tmp_path / part, {"cat": 5, "dog": 5}, first=100 * number)
+    twin = (tmp_path / "train" / "cat" / "000.png").read_bytes()
+    (tmp_path / "test" / "cat" / "000.png").write_bytes(twin)
+    (warning,) = folder(tmp_path).build().warnings
+    assert warning.startswith("1 image of the test part is in the ")
 
 
 def test_gif_files_give_their_first_frame_in_colour(tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ class TailRule:
         head, tail = self._head_and_tail(counts, list(class_names))
         if not tail:
             raise DataError(
-                f"data.tail: no class is in the tail (counts run from {min(counts)} to "
-                f"{max(counts)}); widen the rule, for example tail = {{ bottom = 0.3 }}"
+                f"data.tail: no class is in the tail (classes have {min(counts)} to {max(counts)} "
+                "images, before validation takes its share); widen the rule, for example "
+                "tail = { bottom = 0.3 }"
             )
         rest = [c for c in range(len(counts)) if c not in head and c not in tail]
         return Groups(tuple(sorted(head)), tuple(rest), tuple(sorted(tail)))

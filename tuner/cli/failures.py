@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from tuner.cli.secrets import without_storage
-from tuner.errors import TunerError
+from tuner.errors import DataError, TunerError
+
+
+@contextlib.contextmanager
+def naming(where: Path | str) -> Iterator[None]:
+    """Let errors of data begin with the study file or the study that asks for them.
+
+    Raises:
+        DataError: One was raised inside.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def curable(error: Exception) -> TunerError | None:

@@ -34,11 +34,13 @@ def export(
 ) -> None:
     """Write the best trial as recipe, weights, metrics and model card."""
     from tuner import export as exports
+    from tuner.cli.failures import naming
     from tuner.fit import check_data
 
     session = joined(study, storage, artifacts, writes=True)
     exports.find_trial(session, trial)
-    loaded = session.file.data.build(data)
+    with naming(f"study {session.file.name}"):
+        loaded = session.file.data.build(data)
     check_data(session.study.user_attrs, loaded, session.file.name)
     for path in exports.export(session, loaded, output, number=trial, device=chosen_device(device)):
         print(path)

@@ -45,7 +45,7 @@ def check(
 
     file = files.load(study)
     rows = file.space.rows()
-    lines = _looked_at(file, data) if load else []
+    lines = _looked_at(file, study, data) if load else []
     rungs, doubts = _rungs(file), list(remarks(file))
     if as_json:
         known = {"name": file.name, "trials": file.trials(), "space": dict(rows)}
@@ -66,14 +66,16 @@ def check(
         print(line)
 
 
-def _looked_at(file: StudyFile, folder: Path | None) -> list[str]:
+def _looked_at(file: StudyFile, path: Path, folder: Path | None) -> list[str]:
     """What the data are like, once they are found to fit the study."""
+    from tuner.cli.failures import naming
     from tuner.cli.show import describe_data, describe_steps
     from tuner.fit import check_fit
 
-    loaded = file.data.build(folder)
-    lines = [*describe_data(loaded), describe_steps(file.space, len(loaded.train))]
-    check_fit(file, loaded)
+    with naming(path):
+        loaded = file.data.build(folder)
+        lines = [*describe_data(loaded), describe_steps(file.space, len(loaded.train))]
+        check_fit(file, loaded)
     return lines
 
 

@@ -94,10 +94,12 @@ def train(
     ] = None,
 ) -> None:
     """Train an exported recipe again and compare with the metrics stored beside it."""
+    from tuner.cli.failures import naming
     from tuner.cli.finish import retrained
     from tuner.loaded import load_recipe
 
-    retrained(load_recipe(recipe), recipe, data, chosen_device(device), output)
+    with naming(recipe):
+        retrained(load_recipe(recipe), recipe, data, chosen_device(device), output)
 
 
 def _created(
@@ -105,6 +107,7 @@ def _created(
 ) -> tuple[Session, Data]:
     from tuner import session
     from tuner import study as files
+    from tuner.cli.failures import naming
     from tuner.cli.show import describe_data
     from tuner.engines import parse_url
     from tuner.held import remarks
@@ -119,11 +122,11 @@ def _created(
         parse_url(url)
     for remark in remarks(file):
         log.warning(remark)
-    loaded = file.data.build(data)
-    for line in describe_data(loaded):
-        log.info(line)
-    made = session.create(file, url, store, loaded)
-    return made, loaded
+    with naming(study):
+        loaded = file.data.build(data)
+        for line in describe_data(loaded):
+            log.info(line)
+        return session.create(file, url, store, loaded), loaded
 
 
 def _work_together(

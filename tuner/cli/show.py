@@ -43,11 +43,20 @@ def describe_data(data: Data) -> list[str]:
     groups = data.groups.named()
     sizes = ", ".join(f"{len(classes)} {name}" for name, classes in groups.items() if classes)
     return [
-        f"data {data.name}: {data.num_classes} classes ({sizes}), {int(counts.sum())} training "
-        f"and {len(data.validation)} validation images, {int(counts.min())} to "
-        f"{int(counts.max())} per class in training, imbalance ratio {imbalance_ratio(counts):.1f}",
+        f"data {data.name}: {data.num_classes} classes ({sizes}), {int(counts.sum())} training, "
+        f"{len(data.validation)} validation and {data.test_images or 'no'} test images, "
+        f"{int(counts.min())} to {int(counts.max())} per class in training{_by_size(data)}, "
+        f"imbalance ratio {imbalance_ratio(counts):.1f}",
         *(f"note: {warning}" for warning in (*data.warnings, *certainty(data))),
     ]
+
+
+def _by_size(data: Data) -> str:
+    """What classes are head and tail by, where validation took images out of it."""
+    counts = data.pool_counts
+    if not data.carved:
+        return ""
+    return f" ({int(counts.min())} to {int(counts.max())} with validation, as data.tail counts)"
 
 
 def describe_steps(space: Space, images: int) -> str:

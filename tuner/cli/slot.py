@@ -73,6 +73,7 @@ def _be_a_slot(
     grace: float,
     data: Path | None,
 ) -> None:
+    from tuner.cli.failures import naming
     from tuner.cli.machine import SlotLines
     from tuner.worker import StopRequest, work
 
@@ -80,7 +81,8 @@ def _be_a_slot(
         _leave_with_input(stop, grace)
         chosen_device(device)
         session = joined(study, None, None, writes=True, lasting=True)
-        loaded = session.file.data.build(data)
+        with naming(f"study {session.file.name}"):
+            loaded = session.file.data.build(data)
         lines = SlotLines(session)
         work(
             session,

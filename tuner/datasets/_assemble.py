@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from tuner.datasets._data import Data, Identity, Part, duplicates, fingerprint
+from tuner.datasets._decode import BrokenImagesError, broken_images
 from tuner.datasets._images import channel_statistics
 from tuner.datasets._sources import Source, Sources
 from tuner.datasets._split import ESTIMABLE, Split, split, thin
@@ -18,6 +20,9 @@ from tuner.imbalance import TailRule, class_counts
 
 NAMED = 10
 """How many classes a warning names; the rest are counted."""
+
+SAID = {"train": "training"}
+"""What parts are called in words, where that is not their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,9 @@ class _Chosen:
     def identities(self) -> list[Identity]:
         return self.source.identities(self.indices)
 
+    def broken(self) -> list[str]:
+        return self.source.broken(self.indices)
+
     def load(self, resident_limit: int) -> Part:
         return Part(self.source.images(self.indices, resident_limit), self.targets)
 
@@ -63,9 +71,12 @@ def assemble(name: str, sources: Sources, rules: Rules, resident_limit: int) -> 
     if len(chosen["validation"].indices) == 0:
         raise DataError(f"{name}: no class has the 2 images that it takes to spare one to validate")
     groups = rules.tail.groups(plan.pool_counts, names)
-    train, validation = _load(chosen["train"], chosen["validation"], resident_limit)
+    try:
+        train, validation = _load(chosen["train"], chosen["validation"], resident_limit)
+        identities = {part: samples.identities() for part, samples in chosen.items()}
+    except BrokenImagesError as error:
+        raise _every_broken(chosen) or error from None
     mean, std = channel_statistics(train.images)
-    identities = {part: samples.identities() for part, samples in chosen.items()}
     classes = {part: samples.targets.tolist() for part, samples in chosen.items()}
     test = chosen.get("test")
     return Data(
@@ -88,6 +99,7 @@ def assemble(name: str, sources: Sources, rules: Rules, resident_limit: int) -> 
         ),
         carved=plan.validation is not None,
         load_test=None if test is None else partial(test.load, resident_limit),
+        test_images=0 if test is None else len(test.indices),
     )
 
 
@@ -134,6 +146,18 @@ def _load(train: _Chosen, validation: _Chosen, resident_limit: int) -> tuple[Par
         Part(images.select(first), train.targets),
         Part(images.select(second), validation.targets),
     )
+
+
+def _every_broken(chosen: dict[str, _Chosen]) -> BrokenImagesError | None:
+    """An error that names the broken images of all parts at once, so that one run tells of them."""
+    broken = {part: samples.broken() for part, samples in chosen.items()}
+    which = " and ".join(
+        f"{len(found)} of {len(chosen[part].indices)} {SAID.get(part, part)} images"
+        for part, found in broken.items()
+        if found
+    )
+    said = broken_images(list(chain.from_iterable(broken.values())), which)
+    return BrokenImagesError(said) if which else None
 
 
 def _small_classes(names: Sequence[str], plan: Split, chosen: dict[str, _Chosen]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tuner.datasets._images import Images, ResidentImages, Shape
 from tuner.datasets._residence import brought, bytes_of
+from tuner.errors import counted
 from tuner.imbalance import Groups
 
 Identity = tuple[str, bytes]
@@ -47,6 +48,7 @@ class Data:
         warnings: What the user should know, such as classes too small to estimate.
         carved: Whether the validation part was taken out of the training part.
         load_test: Loads the test part; None if there is none.
+        test_images: How many images the test part has, known before it is loaded.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Data:
     warnings: tuple[str, ...] = ()
     carved: bool = False
     load_test: Callable[[], Part] | None = field(default=None, repr=False)
+    test_images: int = 0
 
     @cached_property
     def test(self) -> Part | None:
@@ -139,7 +142,7 @@ def duplicates(parts: Mapping[str, Sequence[Identity]]) -> list[str]:
             if other != part:
                 shared.setdefault((other, part), []).append(f"{key} = {twin}")
     return [
-        f"{len(pairs)} images of the {second} part are in the {first} part too, "
-        f"for example {pairs[0]}"
+        f"{counted(len(pairs), 'image')} of the {second} part {'is' if len(pairs) == 1 else 'are'} "
+        f"in the {first} part too, for example {pairs[0]}"
         for (first, second), pairs in shared.items()
     ]

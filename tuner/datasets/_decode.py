@@ -34,6 +34,10 @@ class BrokenImageError(DataError):
     """An image file that cannot be decoded."""
 
 
+class BrokenImagesError(DataError):
+    """Image files of one part or of several that cannot be decoded."""
+
+
 def decode(path: str, size: int, channels: int) -> NDArray[np.uint8]:
     """Pixels (channels, size, size) of the largest centred square of an image file.
 
@@ -52,7 +56,13 @@ def decode(path: str, size: int, channels: int) -> NDArray[np.uint8]:
                     return _by_torchvision(path, size, channels)
             return _by_pillow(image, size, channels)
     except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
-        raise BrokenImageError(f"{path} ({error or type(error).__name__})") from error
+        raise BrokenImageError(f"{path} ({_reason(error, path)})") from error
+
+
+def _reason(error: Exception, path: str) -> str:
+    """What is wrong with a file, without its path, which Pillow and the system repeat."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return said.removesuffix(f" {path!r}") or type(error).__name__
 
 
 def decode_all(
@@ -63,8 +73,19 @@ def decode_all(
     Large files are decoded on all cores, so that ``keep`` is called by several threads.
 
     Raises:
-        DataError: Some files are broken; all are counted and the first five named.
+        BrokenImagesError: Some files are broken; all are counted and the first five named.
     """
+    if broken := undecodable(paths, size, channels, keep):
+        raise BrokenImagesError(broken_images(broken, f"{len(broken)} of {len(paths)} images"))
+
+
+def undecodable(
+    paths: Sequence[str],
+    size: int,
+    channels: int,
+    keep: Callable[[int, NDArray[np.uint8]], Any] = lambda index, pixels: None,
+) -> list[str]:
+    """What is wrong with each broken file, in their order; see ``decode_all``."""
 
     def fill(index: int) -> str | None:
         try:
@@ -76,9 +97,7 @@ def decode_all(
 
     with ThreadPool(_threads(paths)) as pool:
         outcomes = pool.imap(fill, range(len(paths)), chunksize=64)
-        broken = [outcome for outcome in outcomes if outcome is not None]
-    if broken:
-        raise DataError(broken_images(broken, len(paths)))
+        return [outcome for outcome in outcomes if outcome is not None]
 
 
 def decoded(paths: Sequence[str], size: int, channels: int) -> NDArray[np.uint8]:
@@ -102,14 +121,11 @@ def _threads(paths: Sequence[str]) -> int | None:
     return 1 if mean_size < SMALL_FILE else usable_cores()
 
 
-def broken_images(broken: Sequence[str], total: int) -> str:
-    """Say which of ``total`` images are broken."""
+def broken_images(broken: Sequence[str], which: str) -> str:
+    """Say that the ``which`` images, by number, are broken, and what the first of them have."""
     more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
     named = "; ".join(broken[:NAMED])
-    return (
-        f"{len(broken)} of {total} images cannot be decoded: {named}{more}. "
-        "Replace these files or remove them"
-    )
+    return f"{which} cannot be decoded: {named}{more}. Replace these files or remove them"
 
 
 def _is_plain_jpeg(image: Image, size: int) -> bool:

@@ -15,7 +15,7 @@ from tuner.datasets._decode import DECODER
 from tuner.datasets._download import fetch
 from tuner.datasets._sources import FolderSource, Sources
 from tuner.datasets._walk import files_below, refuse_no_text, subfolders
-from tuner.errors import DataError
+from tuner.errors import DataError, counted
 from tuner.registry import component
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -42,12 +42,14 @@ ImageSize = Annotated[int, Field(ge=4, le=2048)]
 class _Folder:
     """The classes of one folder: image paths relative to it, by class name.
 
-    ``unread`` are the paths of images in formats that are not read.
+    ``unread`` are the paths of images in formats that are not read, ``loose`` the names of
+    images that lie beside the class folders and so have no class.
     """
 
     root: Path
     classes: Mapping[str, list[str]]
     unread: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
 
     def source(self, class_names: tuple[str, ...], size: int, channels: int) -> FolderSource:
         """Samples in the order of their paths, with classes numbered by ``class_names``."""
@@ -77,7 +79,7 @@ def scan(root: Path) -> _Folder:
     """
     if not root.is_dir():
         raise DataError(
-            f"{root}: there is no such folder; correct the root of the data, or say with --data "
+            f"{root}: there is no such folder; correct root under [data], or say with --data "
             "or TUNER_DATA which folder it is relative to"
         )
     folders = subfolders(root)
@@ -91,7 +93,8 @@ def scan(root: Path) -> _Folder:
     classes = {name: [path for path in paths if _is_image(path)] for name, paths in files.items()}
     others = (path for paths in files.values() for path in paths)
     unread = tuple(path for path in others if path.lower().endswith(UNREAD_SUFFIXES))
-    return replace(_checked(root, classes), unread=unread)
+    loose = tuple(sorted(e.name for e in root.iterdir() if _is_image(e.name) and e.is_file()))
+    return replace(_checked(root, classes), unread=unread, loose=loose)
 
 
 def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Sources:
@@ -115,7 +118,7 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         sources["train"],
         validation=sources.get("validation"),
         test=sources.get("test"),
-        warnings=tuple(_unread(parts.values())),
+        warnings=(*_unread(parts.values()), *_loose(parts.values())),
         decoder=DECODER,
     )
 
@@ -127,6 +130,18 @@ def _unread(folders: Iterable[_Folder]) -> Iterator[str]:
         passed = "1 file was" if len(files) == 1 else f"{len(files)} files were"
         suffix = files[0].suffix.lower()
         yield f"{passed} passed over, for example {files[0]}: {suffix} is not read"
+
+
+def _loose(folders: Iterable[_Folder]) -> Iterator[str]:
+    """A warning per part about images that are in no class folder."""
+    for folder in folders:
+        if folder.loose:
+            one = len(folder.loose) == 1
+            lie, were = ("lies", "it was") if one else ("lie", "they were")
+            yield (
+                f"{folder.root}: {counted(len(folder.loose), 'image')} {lie} beside the class "
+                f"folders, for example {folder.loose[0]}: without a class, {were} passed over"
+            )
 
 
 @component

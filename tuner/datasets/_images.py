@@ -232,7 +232,7 @@ class _Files(Dataset[Tensor]):
         try:
             images = [decode(self.paths[i], self.size, self.channels) for i in indices]
         except BrokenImageError as error:
-            return DataError(broken_images([str(error)], len(indices)))
+            return DataError(broken_images([str(error)], f"1 of {len(indices)} images"))
         return torch.from_numpy(np.stack(images))
 
 

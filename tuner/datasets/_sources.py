@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tuner.datasets._data import Identity
-from tuner.datasets._decode import broken_images, decoded
+from tuner.datasets._decode import BrokenImagesError, broken_images, decoded, undecodable
 from tuner.datasets._images import Images, MappedImages, ResidentImages, StreamedImages
 from tuner.datasets._stored import WORTH_KEEPING, stored
-from tuner.errors import DataError
 from tuner.slots import usable_cores
 
 DIGEST_EDGE = 8 * 1024
@@ -45,6 +44,9 @@ class Source(Protocol):
 
     def identities(self, indices: Tensor) -> list[Identity]:
         """Name and content digest of the samples at ``indices`` (n,)."""
+
+    def broken(self, indices: Tensor) -> list[str]:
+        """The images at ``indices`` (n,) that cannot be decoded, and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,10 @@ class ArraySource:
             (f"{self.name}/{i}", hashlib.sha256(rows[i].tobytes()).digest())
             for i in indices.tolist()
         ]
+
+    def broken(self, indices: Tensor) -> list[str]:
+        """None: they are decoded."""
+        return []
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +126,10 @@ class FolderSource:
         names = [self.paths[i] for i in indices.tolist()]
         return list(zip(names, self._digests(indices), strict=True))
 
+    def broken(self, indices: Tensor) -> list[str]:
+        """The images at ``indices`` (n,) that cannot be decoded, and why."""
+        return undecodable(self._files(indices), self.size, self.channels)
+
     def _digests(self, indices: Tensor) -> list[bytes]:
         """Content digest of each file; none is read twice.
 
@@ -130,7 +140,8 @@ class FolderSource:
         with ThreadPool(usable_cores()) as pool:
             found = pool.map(_digest_or_error, self._files(torch.tensor(unknown)), chunksize=64)
         if broken := [each for each in found if isinstance(each, str)]:
-            raise DataError(broken_images(broken, len(unknown)))
+            which = f"{len(broken)} of {len(unknown)} images"
+            raise BrokenImagesError(broken_images(broken, which))
         digests = [each for each in found if isinstance(each, bytes)]
         self.known.update(zip(unknown, digests, strict=True))
         return [self.known[i] for i in indices.tolist()]
