@@ -200,6 +200,19 @@ def test_a_rung_that_ranks_otherwise_is_not_followed_and_that_is_said(
     assert Counter(rung_of(t) for t in trials) == {"head": 40, "full": 21}, "the budget stays"
 
 
+def test_a_rung_that_was_followed_though_it_ranks_otherwise_is_said_to_be(
+    make_session: MakeSession, digits: Data
+) -> None:
+    rungs = {"rungs": ["head", "deferred", "full"], "head": {"trials": 40}, "promoted": 0.8}
+    losses = {"loss": {"cross_entropy": {}, "balanced_softmax": {}}}
+    small = {"ladder": rungs | {"deferred": {"trials": 7}}, "space": CLIMBING["space"] | losses}
+    session = make_session(**CLIMBING | small)
+    climb_to_the_top(session, digits, lambda a: abs(merit(a) - (rung_of(a) != "head")))
+    said = next(line for line in ladder_lines(session) if line.startswith("head and deferred"))
+    assert "rank 7 recipes with correlation -1.00" in said
+    assert said.endswith("; followed, as 4 recipes were too few or too alike to say before")
+
+
 def test_small_study_promotes_as_many_as_it_takes_to_compare_the_rungs(
     make_session: MakeSession, digits: Data
 ) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tuner import artifacts, confirmation, verdict
 from tuner.card import model_card
-from tuner.cli import finish
+from tuner.cli import finish, read
 from tuner.cli.confirmed import confirmed_lines, confirmed_table
 from tuner.confirm import against, contenders, standings
 from tuner.datasets import Data, fold
@@ -150,6 +150,27 @@ def test_the_answer_is_that_of_the_search_until_the_rung_is_over(
         "confirm 8 of 8 trials",
         "trial 6: 0.6000 ± 0.0000 with 2 fresh seeds, 0.6000 in the search",
     ]
+
+
+def test_value_of_the_answer_is_that_with_fresh_seeds(
+    make_session: MakeSession,
+    digits: Data,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    session = make_session(**SEARCH)
+    monkeypatch.setattr(read, "joined", lambda *_: session)
+    for _ in range(8 + 7):
+        end_next(session, digits, lambda a: 0.1 * lucky(a))
+    read.status("climbing")
+    read.best("climbing")
+    assert capsys.readouterr().out.count("rial 7") == 2, "that of the search"
+    end_next(session, digits, lambda a: 0.1 * lucky(a))
+    read.status("climbing")
+    read.best("climbing")
+    shown = capsys.readouterr().out
+    assert "best trial 6 0.0600 with 2 fresh seeds (0.0600 in the search)" in shown
+    assert "trial 6: tail_accuracy 0.0600 with 2 fresh seeds (0.0600 in the search)" in shown
 
 
 def test_recipe_that_fails_with_a_seed_is_not_the_answer(

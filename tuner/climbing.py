@@ -229,6 +229,24 @@ def compared(session: Session, lower: Rung, upper: Rung, *, decisive: bool = Fal
     return agreement(lower, upper, [(a.values[0], b.values[0]) for a, b in pairs])
 
 
+def is_undecided(session: Session, upper: Rung) -> bool:
+    """Whether a rung has no trials yet but those that compare it with the one below."""
+    return all(DECISIVE & trial.user_attrs.keys() for trial in at(session, upper))
+
+
+def _followed(session: Session, lower: Rung, upper: Rung, now: Agreement) -> str:
+    """What was decided about the rung below, where the correlation ``now`` does not show it."""
+    ladder, then = session.file.ladder, compared(session, lower, upper, decisive=True)
+    if then.is_low(ladder.trust):
+        return ", too low to follow"
+    if not now.is_low(ladder.trust) or is_undecided(session, upper):
+        return ""
+    if then.correlation is None:
+        recipes = "1 recipe" if len(then.pairs) == 1 else f"{len(then.pairs)} recipes"
+        return f"; followed, as {recipes} were too few or too alike to say before"
+    return f"; followed, as it was {then.correlation:.2f} before"
+
+
 def ladder_lines(session: Session) -> list[str]:
     """Where each rung stands, how it ranks beside the one below, and whether that is followed."""
     ladder, lines = session.file.ladder, []
@@ -241,6 +259,5 @@ def ladder_lines(session: Session) -> list[str]:
         below = ladder.below(rung)
         if below is not None and any(map(is_judged, own)):
             found = compared(session, below, rung)
-            low = compared(session, below, rung, decisive=True).is_low(ladder.trust)
-            lines.append(str(found) + (", too low to follow" if low else ""))
+            lines.append(f"{found}{_followed(session, below, rung, found)}")
     return lines

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from tuner.confirm import Standing, entrants, plain_of, ranked, standings, tuned_with
+from tuner.confirm import Standing, entrants, plain_of, ranked, tuned_with
 from tuner.shares import Ticket
 
 if TYPE_CHECKING:
@@ -79,11 +79,32 @@ def winner(session: Session) -> FrozenTrial | None:
 
     A recipe that failed with one of the seeds is not the answer; None too when all did.
     """
+    found = answer(session)
+    return None if found is None else found.trial
+
+
+def answer(session: Session) -> Standing | None:
+    """The recipe that ``winner`` is a trial of, with its trainings."""
     found = entrants(session) if session.file.ladder.confirms else []
     if not _is_over(session, found):
         return None
     first = ranked(session, found, plain_of(found))[0]
-    return first.trial if len(first.runs) == session.file.ladder.confirm.seeds else None
+    return first if len(first.runs) == session.file.ladder.confirm.seeds else None
+
+
+def best_value(session: Session) -> str | None:
+    """What the best trial has, in words: where it was confirmed, the mean over fresh seeds first.
+
+    None without a complete trial.
+    """
+    best, found = session.best(), answer(session)
+    if best is None or found is None:
+        return None if best is None else f"{best.values[0]:.4f}"
+    fresh = found.objective().values()
+    return (
+        f"{fmean(fresh):.4f} with {len(fresh)} fresh seeds ({found.trial.values[0]:.4f} in the "
+        "search)"
+    )
 
 
 def dropped(session: Session) -> dict[int, list[int]]:
@@ -112,8 +133,8 @@ def confirm_lines(session: Session) -> list[str]:
         f"{named(numbers)} dropped after {seeds} of {settings.seeds} seeds"
         for seeds, numbers in dropped(session).items()
     ]
-    if winner(session) is not None:
-        first = standings(session)[0]
+    first = answer(session)
+    if first is not None:
         values = list(first.objective().values())
         fresh = f"{fmean(values):.4f} ± {stdev(values):.4f}"
         lines.append(

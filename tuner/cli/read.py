@@ -142,7 +142,7 @@ def status(
         return
     for row in rows:
         counts = ", ".join(_counted(row))
-        best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value']:.4f}"
+        best = "none yet" if row["best"] is None else f"trial {row['best']} {row['value_said']}"
         there = row["workers"]
         fleet = "" if not there else f"; {there} worker{'' if there == 1 else 's'}"
         told = "" if row["order"] == "run" else f"; {row['order_said']}"
@@ -173,6 +173,7 @@ def _status(session: Session) -> dict[str, Any]:
     from tuner.cli.fleet import described, present
     from tuner.ladder import is_judged
     from tuner.ledger import Order
+    from tuner.rounds import best_value
     from tuner.tickets import ladder_state
     from tuner.worker import progress
 
@@ -189,6 +190,7 @@ def _status(session: Session) -> dict[str, Any]:
         "ladder": ladder_state(session),
         "best": None if best is None else best.number,
         "value": None if best is None else best.value,
+        "value_said": best_value(session),
         "workers": len(present(session)),
         "order": order.state,
         "order_reason": order.reason,
@@ -210,6 +212,7 @@ def best(
     from tuner.cli.trials import attempts_by_trial, trial_row
     from tuner.export import find_trial
     from tuner.ladder import rung_of
+    from tuner.rounds import best_value
 
     session = joined(study, storage, artifacts)
     trial = find_trial(session, None)
@@ -218,7 +221,7 @@ def best(
         print_json({**row, "recipe": trial.user_attrs["recipe"]})
         return
     metric = session.file.objective.metric
-    print(f"# study {session.file.name}, trial {trial.number}: {metric} {trial.value:.4f}")
+    print(f"# study {session.file.name}, trial {trial.number}: {metric} {best_value(session)}")
     if rung_of(trial) == "head":
         print(f"# {HEAD_ONLY}")
     print(tomli_w.dumps(trial.user_attrs["recipe"]), end="")

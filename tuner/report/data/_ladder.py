@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from optuna.trial import FrozenTrial
 
-from tuner.climbing import compared, twins
+from tuner.climbing import compared, is_undecided, twins
 from tuner.held import held_rows, how_held
 from tuner.ladder import Agreement, Rung, is_judged, rung_of
 from tuner.planned import at, planned
@@ -168,8 +168,7 @@ def _estimate(found: Agreement) -> Estimate | None:
 
 def _decision(session: Session, upper: Rung, *, low: bool) -> Decision:
     """It is made once there are other tickets than those of the trials that compare."""
-    compares = {"compares", "baseline"}
-    if all(compares & trial.user_attrs.keys() for trial in at(session, upper)):
+    if is_undecided(session, upper):
         return "open"
     return "not followed" if low else "followed"
 
