@@ -159,7 +159,7 @@ def test_value_of_the_answer_is_that_with_fresh_seeds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     session = make_session(**SEARCH)
-    monkeypatch.setattr(read, "joined", lambda *_: session)
+    monkeypatch.setattr(read, "joined", lambda *_, **__: session)
     for _ in range(8 + 7):
         end_next(session, digits, lambda a: 0.1 * lucky(a))
     read.status("climbing")

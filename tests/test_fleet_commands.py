@@ -289,6 +289,21 @@ def test_reading_commands_work_on_a_study_made_before_there_was_a_ledger(fleet: 
     assert fleet.json("status", "small")["order"] == "stop"
 
 
+def test_reading_commands_say_that_the_storage_is_a_newer_tuners(fleet: Fleet) -> None:
+    (fleet.folder / "other.toml").write_text(
+        (fleet.folder / "small.toml").read_text().replace('"small"', '"other"')
+    )
+    fleet("create", "other.toml")
+    assert "newer Tuner" not in fleet("status")[1]
+    with fleet.ledger().engine.begin() as connection:
+        connection.execute(sa.text("UPDATE tuner_version SET version_num = '9999'"))
+    for arguments in (("status",), ("status", "small"), ("trials", "small")):
+        out, err = fleet(*arguments)
+        assert "small" in out or "waiting" in out
+        assert err.count("the storage is a newer Tuner's") == 1
+    assert "use the newer Tuner that wrote them" in fleet("stop", "small", code=1)[1]
+
+
 def test_reading_commands_write_nothing(fleet: Fleet) -> None:
     ledger = fleet.ledger()
     expire_me = claimed(ledger, enter(ledger))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from tuner.session import Session
 
 PATIENCE = 30.0
+
+log = logging.getLogger(__name__)
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name, or its file.")]
@@ -60,12 +63,14 @@ def joined(
     writes: bool = False,
     check: bool | None = None,
     lasting: bool = False,
+    quiet: bool = False,
 ) -> Session:
     """The session of a study that is given by its name or by its study file.
 
     Who only reads it does not look into its artifacts: they may be out of reach. ``check`` says
-    otherwise. A storage that goes away is waited for, but not for long unless the command is a
-    ``lasting`` one: somebody looks on.
+    otherwise. Who reads tables of a newer Tuner is told so, unless ``quiet``. A storage that goes
+    away is waited for, but not for long unless the command is a ``lasting`` one: somebody looks
+    on.
     """
     from tuner.recipe import read_toml
     from tuner.session import join
@@ -77,7 +82,21 @@ def joined(
     session = join(name, storage_url(storage), store, writes=writes)
     if not lasting:
         session.ledger.patience = PATIENCE
+    if not writes and not quiet:
+        _warn_of_newer(session, storage_url(storage))
     return session
+
+
+def _warn_of_newer(session: Session, url: str) -> None:
+    """Say that a storage is a newer Tuner's, of which this one may not see everything."""
+    from tuner.ledger import newer
+    from tuner.remote import is_remote
+
+    if not is_remote(url) and newer(session.ledger.engine) is not None:
+        log.warning(
+            "the storage is a newer Tuner's: its workers and orders are not shown, and to change "
+            "anything takes that Tuner"
+        )
 
 
 def chosen_device(device: str | None) -> str:

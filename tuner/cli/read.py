@@ -136,7 +136,10 @@ def status(
         )
     else:
         names = [study]
-    rows = [_status(joined(name, storage, artifacts)) for name in names]
+    rows = [
+        _status(joined(name, storage, artifacts, quiet=number > 0))
+        for number, name in enumerate(names)
+    ]
     if as_json:
         print_json(rows if study is None else rows[0])
         return

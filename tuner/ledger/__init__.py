@@ -14,7 +14,7 @@ from tuner.ledger._clock import read_now
 from tuner.ledger._fenced import FencedStorage, View
 from tuner.ledger._ledger import Ledger
 from tuner.ledger._reads import LEASE_SECONDS
-from tuner.ledger._schema import newest, prepare, prepared, version
+from tuner.ledger._schema import newer, newest, prepare, prepared, version
 from tuner.ledger._tables import clocks
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "View",
     "WorkerAliveError",
     "clocks",
+    "newer",
     "newest",
     "prepare",
     "prepared",

@@ -47,6 +47,17 @@ def _prepared(engine: Engine) -> bool:
         return version(connection) == newest() and has_zero(connection)
 
 
+def newer(engine: Engine) -> str | None:
+    """Version of tables that a newer program wrote, else None; nothing is written."""
+    known = insist(lambda: _read_version(engine), patience=PATIENCE_SECONDS)
+    return known if known is not None and known > newest() else None
+
+
+def _read_version(engine: Engine) -> str | None:
+    with engine.connect().execution_options(**reading(engine)) as connection:
+        return version(connection)
+
+
 def prepare(engine: Engine) -> None:
     """Bring the tables to this program's version; call it under ``storage.exclusive``.
 
