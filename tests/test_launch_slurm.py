@@ -241,6 +241,16 @@ def test_sqlite_is_refused(make_file: MakeFile, sqlite: str, tmp_path: Path) -> 
         submit(Array(1), place, tmp_path)
 
 
+def test_script_that_sqlite_does_not_let_be_submitted_comes_with_a_warning(
+    make_file: MakeFile, digits: Data, sqlite: str, tmp_path: Path
+) -> None:
+    sessions.create(make_file(), sqlite, FolderStore(tmp_path / "artifacts"), digits)
+    places = ("--storage", sqlite, "--artifacts", str(tmp_path / "artifacts"))
+    shown = launch("tiny", "-n", "2", "--dry-run", *places)
+    assert "#SBATCH" in shown
+    assert "refused: the storage is a SQLite file, which one machine can share" in shown
+
+
 def test_missing_slurm_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     place = Place("tiny", {"TUNER_STORAGE": "postgresql://here/tuner"})

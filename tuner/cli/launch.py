@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -163,12 +164,23 @@ def slurm(
     array = jobs.Array(workers, gpus, cpus, jobs.minutes(time), partition, _pairs(further or []))
     if dry_run:
         print(jobs.script(array, place.study, folder))
+        if not local:
+            _warn_of_reach(place, jobs.MACHINES)
         return
     chosen = {"--device": device, "--slots-per-gpu": slots_per_gpu}
     options = [word for key, value in chosen.items() if value for word in (key, value)]
     first, *_ = jobs.submit(array, place, folder, options, local=local)
     number = first.partition("_")[0]
     print(f"submitted as job {number}; logs are in {folder}; to stop: scancel {number}")
+
+
+def _warn_of_reach(place: Place, machines: Iterable[str]) -> None:
+    from tuner.errors import TunerError
+
+    try:
+        place.check_reach(machines)
+    except TunerError as error:
+        log.warning("without --dry-run this is refused: %s", error)
 
 
 def _pairs(given: list[str]) -> dict[str, str | bool]:

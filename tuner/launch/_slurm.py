@@ -22,6 +22,7 @@ NOTICE_SECONDS = 120
 GRACE_SECONDS = 60
 SHORTEST_MINUTES = 5
 INTERRUPTED = 130
+MACHINES = ("this machine", "Slurm's machines")
 RUNNING = ("RUNNING", "SIGNALING")
 
 log = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ def submit(
     """
     submitit = _library()
     if not local:
-        place.check_reach(["this machine", "Slurm's machines"])
+        place.check_reach(MACHINES)
     place.enter(os.environ)
     jobs = [Job(place.study, tuple(options)) for _ in range(array.workers)]
     try:
