@@ -204,3 +204,20 @@ def test_card_counts_the_trials_of_the_rung(tuner: Tuner) -> None:
 def test_report_has_the_ladder(tuner: Tuner) -> None:
     tuner("report", "small", "-o", "page.html")
     assert "<h2>Ladder</h2>" in (tuner.folder / "page.html").read_text()
+
+
+def test_table_explains_what_stands_in_it_and_nothing_else() -> None:
+    said = ["complete", "pruned (chance)", "duplicate of 0, retry of 3", "7 +"]
+    notes = list(trials._notes(said, "accuracy as it is"))
+    assert [note.partition(":")[0] for note in notes] == ["duplicate of N", "chance", "+ in from"]
+    assert list(trials._notes(["done (breaks the floor)"], "accuracy as it is")) == [
+        "the floor: accuracy as it is"
+    ]
+    assert list(trials._notes(["complete", "fail (code error)", "7"], "")) == []
+
+
+def test_table_of_trials_ends_with_what_it_explains(tuner: Tuner) -> None:
+    shown = " ".join(tuner("trials", "small")[0].split())
+    floors = sum(row["keeps_floor"] is False for row in rows(tuner))
+    assert ("the floor: accuracy at most 2 points" in shown) == (floors > 0)
+    assert ("+ in from: everything is open" in shown) == any(row["unseen"] for row in rows(tuner))

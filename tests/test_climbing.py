@@ -204,7 +204,7 @@ def test_a_rung_that_was_followed_though_it_ranks_otherwise_is_said_to_be(
     make_session: MakeSession, digits: Data
 ) -> None:
     rungs = {"rungs": ["head", "deferred", "full"], "head": {"trials": 40}, "promoted": 0.8}
-    losses = {"loss": {"cross_entropy": {}, "balanced_softmax": {}}}
+    losses: dict[str, Any] = {"loss": {"cross_entropy": {}, "balanced_softmax": {}}}
     small = {"ladder": rungs | {"deferred": {"trials": 7}}, "space": CLIMBING["space"] | losses}
     session = make_session(**CLIMBING | small)
     climb_to_the_top(session, digits, lambda a: abs(merit(a) - (rung_of(a) != "head")))

@@ -12,6 +12,7 @@ from model_cases import build, check_learns, component, noise
 from torch import Tensor, nn
 
 from tuner.errors import TunerError, UnknownNameError
+from tuner.models import MODELS
 
 FAMILIES = [
     "resnet18",
@@ -131,6 +132,21 @@ def test_images_a_model_cannot_take_are_named_with_the_model(
 def test_misspelt_torchvision_architecture_is_answered_with_the_closest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'resnet50'"):
         build("torchvision", architecture="resnet5O")
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [("resnet18", "torchvision"), ("resnet10t", "timm"), ("resnet55", None)]
+)
+def test_architecture_that_is_given_as_a_model_is_answered_with_the_library_that_has_it(
+    name: str, library: str | None
+) -> None:
+    if library == "timm":
+        pytest.importorskip("timm")
+    said = MODELS.unknown(name)
+    if library is None:
+        assert "did you mean 'resnet56'" in said
+    else:
+        assert said.endswith(f'{library} has it: name = "{library}", architecture = "{name}"')
 
 
 def test_misspelt_timm_architecture_is_answered_with_the_closest() -> None:

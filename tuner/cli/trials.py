@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,16 @@ ATTEMPT = (
 )
 MOST_HEADS = 50
 """As many trials of the head rung are listed without being asked for."""
+
+NOTES = {
+    "duplicate of ": "duplicate of N: the recipe of trial N again; it was not trained but has "
+    "that result",
+    "(chance)": "chance: with 30 % of its training or more behind it, it still guessed",
+    "(behind)": "behind: its upper 95 % bound was below its peers at the same share of training",
+    "breaks the floor": "the floor: {floor}",
+    " +": "+ in from: everything is open in it that the rung below held fixed",
+}
+"""What is said below a table with such a cell."""
 
 SHARES = ("tail_accuracy", "head_accuracy", "accuracy")
 COLUMNS = ("state", "tries", "value", "loss", "sampler")
@@ -78,7 +89,8 @@ def trials(
     hidden = heads if rung is None and heads > MOST_HEADS else 0
     if hidden:
         wanted = [row for row in wanted if row["fidelity"] != "head"]
-    _print_table(wanted, several=len({row["fidelity"] for row in rows}) > 1)
+    several = len({row["fidelity"] for row in rows}) > 1
+    _print_table(wanted, str(session.file.objective.floor), several=several)
     if hidden:
         options = {"rung": "head", "storage": storage, "artifacts": artifacts}
         print(
@@ -123,13 +135,16 @@ def trial_row(session: Session, trial: FrozenTrial, tries: list[dict[str, Any]])
     }
 
 
-def _print_table(rows: list[dict[str, Any]], *, several: bool) -> None:
+def _print_table(rows: list[dict[str, Any]], floor: str, *, several: bool) -> None:
     """The trials as a table; with ``several`` rungs, that of each and whence it was promoted."""
+    from rich.markup import escape
     from rich.table import Table
 
     from tuner.cli.show import percent, wide_console
 
-    table = Table()
+    said = [*map(_state, rows), *(map(_origin, rows) if several else ())]
+    notes = escape("\n".join(_notes(said, floor)))
+    table = Table(caption=notes or None, caption_justify="left")
     for column in ("trial", *(("rung", "from") if several else ()), *COLUMNS):
         table.add_column(column, justify="left" if column in ("rung", "state", "loss") else "right")
     for column in ("tail", "head", "overall", "τ"):
@@ -145,6 +160,13 @@ def _print_table(rows: list[dict[str, Any]], *, several: bool) -> None:
         cells = [str(row["trial"]), *place, _state(row), tries, value]
         table.add_row(*cells, *names, *shown, tau)
     wide_console().print(table)
+
+
+def _notes(said: Sequence[str], floor: str) -> Iterator[str]:
+    """What the cells of a table mean that do not say it themselves: only those that are there."""
+    for mark, note in NOTES.items():
+        if any(mark in cell for cell in said):
+            yield note.format(floor=floor)
 
 
 def _origin(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from tuner.models._classifier import Classifier, Head, ImageShape
@@ -33,4 +34,31 @@ class Model(Protocol):
         """
 
 
-MODELS: Registry[Model] = Registry("model")
+class _Models(Registry[Model]):
+    """Models by name, which knows the names that other libraries have for theirs."""
+
+    def unknown(self, name: str) -> str:
+        """Say that no model is called ``name``, and how to ask a library for it that has it."""
+        for library, has in (("torchvision", _torchvision_has), ("timm", _timm_has)):
+            with contextlib.suppress(ImportError):
+                if has(name):
+                    return (
+                        f"unknown model {name!r}; {library} has it: "
+                        f'name = "{library}", architecture = "{name}"'
+                    )
+        return super().unknown(name)
+
+
+def _torchvision_has(name: str) -> bool:
+    import torchvision
+
+    return name in torchvision.models.list_models(module=torchvision.models)
+
+
+def _timm_has(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name))
+
+
+MODELS: Registry[Model] = _Models("model")
