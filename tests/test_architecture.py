@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = """
 errors __init__
 packages
-registry stores alone pools placing slots kept
+registry stores urls alone pools placing slots kept
 seeding imbalance metrics checkpoint chunks speeds_file
 losses samplers datasets models augment optim schedules strengths statistics
 training entries pruning compiled posthoc rows twins fused

@@ -25,10 +25,11 @@ from sqlalchemy.engine import make_url
 from tuner import session as sessions
 from tuner.cli import secrets
 from tuner.datasets import Data
-from tuner.engines import make_engine, masked, parse_url, without_password
+from tuner.engines import make_engine
 from tuner.errors import TunerError
 from tuner.storage import exclusive, open_storage
 from tuner.stores import FolderStore
+from tuner.urls import masked, parse_url, without_password
 
 PASSWORD = "s3cret{x}%40 /#?:&='\"\\"
 ENCODED = quote(PASSWORD, safe="")

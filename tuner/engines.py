@@ -11,26 +11,19 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.pool import NullPool
 
-from tuner.errors import StorageError
 from tuner.pools import check_idle
+from tuner.urls import parse_url
 
 BUSY_SECONDS = 60
 PATIENCE = 600.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 READS = "tuner_reads"
-DRIVERS = {
-    "sqlite": "pysqlite",
-    "postgresql": "psycopg",
-    "mysql": "pymysql",
-    "mariadb": "pymysql",
-}
 SERVER: dict[str, dict[str, Any]] = {
     "postgresql": {
         "connect_timeout": 10,
@@ -68,8 +61,6 @@ BUSY = re.compile(
     "|not yet accepting",
     re.IGNORECASE,
 )
-UNREADABLE = "(a storage URL that cannot be parsed)"
-SECRET = re.compile("pass|secret|token", re.IGNORECASE)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -77,56 +68,6 @@ log = logging.getLogger(__name__)
 
 class UnreachableError(sqlalchemy.exc.SQLAlchemyError):
     """A server between this process and the database did not answer: try again."""
-
-
-def parse_url(url: str) -> URL:
-    """``url`` as SQLAlchemy's, with the driver that Tuner brings where none is named.
-
-    Raises:
-        StorageError: It is no database URL, or of a database that Tuner does not know.
-    """
-    try:
-        parsed = make_url(url)
-        backend = parsed.get_backend_name()
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        raise StorageError(
-            "the storage is no database URL; give sqlite:///FILE.db or "
-            "postgresql+psycopg://USER@HOST/DATABASE with --storage or TUNER_STORAGE"
-        ) from None
-    if "@" in (parsed.host or ""):
-        raise StorageError("the password in the storage URL has an @; write it as %40")
-    if backend not in DRIVERS:
-        raise StorageError(
-            f"{backend} is no storage Tuner knows; use sqlite:///FILE.db, "
-            "postgresql+psycopg://USER@HOST/DATABASE or mysql+pymysql://USER@HOST/DATABASE"
-        )
-    if backend == "sqlite" and parsed.host:
-        path = "/".join(filter(None, (parsed.host, parsed.database)))
-        raise StorageError(f"a SQLite file stands behind three slashes: sqlite:///{path}")
-    if "+" not in parsed.drivername:
-        parsed = parsed.set(drivername=f"{parsed.drivername}+{DRIVERS[backend]}")
-    return parsed
-
-
-def masked(url: str) -> str:
-    """``url`` without its password, fit for messages and logs."""
-    try:
-        parsed = make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        return UNREADABLE
-    if "@" in (parsed.host or ""):
-        return UNREADABLE
-    secret = [key for key in parsed.query if SECRET.search(key)]
-    return parsed.difference_update_query(secret).render_as_string(hide_password=True)
-
-
-def without_password(text: str, url: URL) -> str:
-    """``text`` without the passwords of ``url``, should a driver have put them there."""
-    given = [str(url.password or ""), *(str(v) for k, v in url.query.items() if SECRET.search(k))]
-    secrets = {form for secret in given for form in (secret, quote(secret, safe=""))}
-    for secret in sorted(secrets - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
 
 
 def arguments(url: URL, connections: int = 1) -> dict[str, Any]:

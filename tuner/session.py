@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner import __version__
 from tuner.datasets import Data
 from tuner.ended import Ended, Place
-from tuner.engines import make_engine, masked
+from tuner.engines import make_engine
 from tuner.errors import StorageError, StudyFileError, close_match
 from tuner.evaluation import certainty
 from tuner.fit import check_data, check_fit
@@ -32,6 +32,7 @@ from tuner.storage import exclusive, lease_seconds, open_storage, opening
 from tuner.stores import Store
 from tuner.study import StudyFile, parse
 from tuner.tickets import beyond_budget, fill_queue
+from tuner.urls import masked
 
 log = logging.getLogger(__name__)
 

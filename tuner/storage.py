@@ -25,13 +25,11 @@ from tuner.engines import (
     insist,
     is_busy,
     make_single_engine,
-    masked,
-    parse_url,
     passes,
-    without_password,
 )
 from tuner.errors import StorageError, TunerError
 from tuner.remote import is_host, is_remote, open_remote
+from tuner.urls import masked, parse_url, without_password
 
 DEFAULT_URL = "sqlite:///runs/tuner.db"
 VERSION_TABLE = "alembic_version"

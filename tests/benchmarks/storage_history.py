@@ -21,11 +21,12 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState
 
-from tuner.engines import make_engine, make_single_engine, parse_url
+from tuner.engines import make_engine, make_single_engine
 from tuner.ledger import Ledger, prepare
 from tuner.ledger._optuna import PARAMS, STEPS, SYSTEM, TRIALS, USER, VALUES
 from tuner.ledger._tables import attempts, epochs
 from tuner.storage import open_storage
+from tuner.urls import parse_url
 
 NAME = "benchmark"
 STEPS_PER_TRIAL = 10

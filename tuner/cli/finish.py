@@ -18,7 +18,6 @@ from tuner.cli.show import percent
 from tuner.confirmation import ONE_TRAINING_EACH, p_value
 from tuner.datasets import Data
 from tuner.doubts import cautions
-from tuner.engines import masked
 from tuner.errors import counted
 from tuner.export import METRICS, Retrained, export, retrain, save_weights
 from tuner.loaded import LoadedRecipe
@@ -26,6 +25,7 @@ from tuner.rounds import is_decided
 from tuner.session import Session
 from tuner.tickets import ladder_state
 from tuner.trainer import EpochResult
+from tuner.urls import masked
 from tuner.verdict import COMPARED, decide
 
 LABELS = {

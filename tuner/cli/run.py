@@ -109,11 +109,11 @@ def _created(
     from tuner import study as files
     from tuner.cli.failures import naming
     from tuner.cli.show import describe_data
-    from tuner.engines import parse_url
     from tuner.held import remarks
     from tuner.remote import is_remote
     from tuner.storage import storage_url
     from tuner.stores import open_store
+    from tuner.urls import parse_url
 
     file, url = files.load(study), storage_url(storage)
     store = open_store(artifacts)

@@ -13,11 +13,12 @@ from sqlalchemy.engine import URL, Connection, Engine
 from tuner.doctor import _file, _server
 from tuner.doctor._finding import Finding, fail, ok, warn
 from tuner.doctor._latency import commits, described, measured
-from tuner.engines import make_engine, parse_url
+from tuner.engines import make_engine
 from tuner.errors import StorageError
 from tuner.ledger import newest, read_now, version
 from tuner.remote import is_remote, open_remote
 from tuner.storage import opening
+from tuner.urls import parse_url
 
 SLOW_ANSWER, SLOW_COMMIT = 0.1, 0.5
 CLOCK_SECONDS, AGREED_SECONDS = 2.0, 0.1

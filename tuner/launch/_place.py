@@ -7,11 +7,11 @@ from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuner.engines import parse_url
 from tuner.errors import TunerError
 from tuner.remote import is_remote
 from tuner.storage import storage_url
 from tuner.stores import DEFAULT
+from tuner.urls import parse_url
 
 CREDENTIALS = ("AWS_", "PG", "TUNER_")
 

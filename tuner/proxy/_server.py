@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from tuner.engines import make_engine, masked
+from tuner.engines import make_engine
 from tuner.errors import StorageError, TunerError
 from tuner.ledger import prepare, prepared
 from tuner.proxy._service import LedgerService
@@ -20,6 +20,7 @@ from tuner.remote import PORT, TOKEN, is_loopback, is_remote, shown, token
 from tuner.remote._channel import TOKEN_KEY
 from tuner.remote._optuna import add_service, is_refused
 from tuner.storage import exclusive, open_storage, opening
+from tuner.urls import masked
 
 CONNECTIONS = 8
 STOPPING_SECONDS = 5.0

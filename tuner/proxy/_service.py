@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from tuner.engines import passes, without_password
+from tuner.engines import passes
 from tuner.ledger import LeaseLostError, Ledger, Limits, SupersededError, WorkerAliveError
 from tuner.proxy import _wire
+from tuner.urls import without_password
 
 # The worker is the one who is patient: a call that waits holds a thread that others need.
 PATIENCE = 2.0
