@@ -152,6 +152,8 @@ def _by_pillow(image: Image, size: int, channels: int) -> NDArray[np.uint8]:
     # for the antialiased scaling.
     image.draft(mode, (DRAFTED // 2 * size, DRAFTED // 2 * size))
     upright = _eight_bit(_upright(image))
+    if upright.mode == "LAB":  # which Pillow turns into colours only
+        upright = upright.convert("RGB")
     pixels = np.asarray(_centre_square(upright.convert(mode), size))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
