@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import shutil
+import stat
 import struct
 import urllib.error
 import urllib.request
@@ -177,6 +178,20 @@ def test_a_single_file_that_is_not_read_is_named(tmp_path: Path) -> None:
     assert folder(tmp_path).build().warnings[0] == (
         f"1 file was passed over, for example {tmp_path}/cat/deep/a.jp2: .jp2 is not read"
     )
+
+
+def test_pipes_and_sockets_are_passed_over(tmp_path: Path) -> None:
+    photos(tmp_path, {"cat": 5, "dog": 5})
+    os.mkfifo(tmp_path / "cat" / "camera.png")
+    (tmp_path / "dog" / "linked.jpg").symlink_to(tmp_path / "cat" / "camera.png")
+    os.mknod(tmp_path / "dog" / "server.jpg", stat.S_IFSOCK | 0o600)
+    # Not built: where one is not passed over, that would wait for ever.
+    sources = folder(tmp_path).sources(None)
+    assert sources.warnings == (
+        f"3 files were passed over, for example {tmp_path}/cat/camera.png: it is a pipe, a socket "
+        "or a device",
+    )
+    assert sources.train.targets.bincount().tolist() == [5, 5]
 
 
 def test_gif_files_give_their_first_frame_in_colour(tmp_path: Path) -> None:

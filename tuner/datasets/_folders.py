@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ from tuner.datasets._base import DATASETS, Dataset, resolve
 from tuner.datasets._decode import DECODER
 from tuner.datasets._download import fetch
 from tuner.datasets._sources import FolderSource, Sources
-from tuner.datasets._walk import files_below, refuse_no_text, subfolders
+from tuner.datasets._walk import files_below, is_special, refuse_no_text, subfolders
 from tuner.errors import DataError
 from tuner.registry import component
 
@@ -42,12 +42,14 @@ ImageSize = Annotated[int, Field(ge=4, le=2048)]
 class _Folder:
     """The classes of one folder: image paths relative to it, by class name.
 
-    ``unread`` are the paths of images in formats that are not read.
+    ``unread`` are the paths of images in formats that are not read, ``special`` those of what has
+    the name of an image but is no file.
     """
 
     root: Path
     classes: Mapping[str, list[str]]
     unread: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
 
     def source(self, class_names: tuple[str, ...], size: int, channels: int) -> FolderSource:
         """Samples in the order of their paths, with classes numbered by ``class_names``."""
@@ -115,7 +117,7 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         sources["train"],
         validation=sources.get("validation"),
         test=sources.get("test"),
-        warnings=tuple(_unread(parts.values())),
+        warnings=(*_unread(parts.values()), *_special(parts.values())),
         decoder=DECODER,
     )
 
@@ -124,9 +126,19 @@ def _unread(folders: Iterable[_Folder]) -> Iterator[str]:
     """A warning about images in formats that are not read, if there are some."""
     files = [folder.root / path for folder in folders for path in folder.unread]
     if files:
-        passed = "1 file was" if len(files) == 1 else f"{len(files)} files were"
-        suffix = files[0].suffix.lower()
-        yield f"{passed} passed over, for example {files[0]}: {suffix} is not read"
+        yield f"{_passed_over(files)}: {files[0].suffix.lower()} is not read"
+
+
+def _special(folders: Iterable[_Folder]) -> Iterator[str]:
+    """A warning about what has the name of an image but is no file, if there is something."""
+    found = [folder.root / path for folder in folders for path in folder.special]
+    if found:
+        yield f"{_passed_over(found)}: it is a pipe, a socket or a device"
+
+
+def _passed_over(files: Sequence[Path]) -> str:
+    passed = "1 file was" if len(files) == 1 else f"{len(files)} files were"
+    return f"{passed} passed over, for example {files[0]}"
 
 
 @component
@@ -267,7 +279,9 @@ def _refuse_parts_without_training(root: Path) -> None:
         raise DataError(f"{root / 'train'}: there is no such folder beside {', '.join(folders)}")
 
 
-def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
+def _checked(root: Path, found: Mapping[str, list[str]]) -> _Folder:
+    special = {path for paths in found.values() for path in paths if is_special(f"{root}/{path}")}
+    classes = {name: [p for p in paths if p not in special] for name, paths in found.items()}
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         others = f", and {len(empty) - 1} more have none either" if len(empty) > 1 else ""
@@ -275,7 +289,7 @@ def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
             f"{root / empty[0]}: this class folder has no image "
             f"({', '.join(IMAGE_SUFFIXES)}){others}; fill it or remove it"
         )
-    return _Folder(root, classes)
+    return _Folder(root, classes, special=tuple(sorted(special)))
 
 
 def _is_image(file: str) -> bool:
