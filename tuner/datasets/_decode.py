@@ -60,7 +60,8 @@ def decode_all(
 ) -> None:
     """Decode every file and hand ``keep`` its index and pixels (channels, size, size).
 
-    Large files are decoded on all cores, so that ``keep`` is called by several threads.
+    Large files are decoded on all cores, so that ``keep`` is called by several threads; never
+    after the return, or after an error.
 
     Raises:
         DataError: Some files are broken; all are counted and the first five named.
@@ -74,9 +75,14 @@ def decode_all(
         keep(index, pixels)
         return None
 
-    with ThreadPool(_threads(paths)) as pool:
+    pool = ThreadPool(_threads(paths))
+    try:
         outcomes = pool.imap(fill, range(len(paths)), chunksize=64)
         broken = [outcome for outcome in outcomes if outcome is not None]
+    finally:
+        # After an error of ``keep`` threads would go on, and write to what is closed by then.
+        pool.terminate()
+        pool.join()
     if broken:
         raise DataError(broken_images(broken, len(paths)))
 
