@@ -98,7 +98,7 @@ class Loop:
         self.recipe, self.features, self.data, self.dtype = chosen, features, data, dtype
         self.cosine = chosen.loss.head == "cosine"
         self.shared = shared
-        self.loss: Loss = chosen.loss.build(data.class_counts)
+        self.loss: Loss = chosen.loss.build(data.class_counts).follow(chosen.seed)
         self.head = self._head()
         first = features.train[0].to(dtype)
         self.mean = first.mean(0)

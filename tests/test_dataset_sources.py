@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import shutil
+import stat
 import struct
 import urllib.error
 import urllib.request
@@ -220,6 +221,20 @@ def test_an_image_that_is_in_two_parts_is_counted_as_one(tmp_path: Path) -> None
     (tmp_path / "test" / "cat" / "000.png").write_bytes(twin)
     (warning,) = folder(tmp_path).build().warnings
     assert warning.startswith("1 image of the test part is in the ")
+
+
+def test_pipes_and_sockets_are_passed_over(tmp_path: Path) -> None:
+    photos(tmp_path, {"cat": 5, "dog": 5})
+    os.mkfifo(tmp_path / "cat" / "camera.png")
+    (tmp_path / "dog" / "linked.jpg").symlink_to(tmp_path / "cat" / "camera.png")
+    os.mknod(tmp_path / "dog" / "server.jpg", stat.S_IFSOCK | 0o600)
+    # Not built: where one is not passed over, that would wait for ever.
+    sources = folder(tmp_path).sources(None)
+    assert sources.warnings == (
+        f"3 files were passed over, for example {tmp_path}/cat/camera.png: it is a pipe, a socket "
+        "or a device",
+    )
+    assert sources.train.targets.bincount().tolist() == [5, 5]
 
 
 def test_gif_files_give_their_first_frame_in_colour(tmp_path: Path) -> None:

@@ -88,9 +88,17 @@ def test_the_first_trial_of_a_recipe_is_found_but_no_copy_and_not_the_one_that_a
     later = [trial(n, digest="same", **(copy if n == 2 else {})) for n in (2, 4, 6)]
     found.take_in(later[1:], place)
     found.take_in(later, place)
-    assert found.trained("same", apart_from=9) is later[1]
-    assert found.trained("same", apart_from=4) is later[2]
-    assert found.trained("other", apart_from=4) is None
+    assert found.trained("same", "full", apart_from=9) is later[1]
+    assert found.trained("same", "full", apart_from=4) is later[2]
+    assert found.trained("other", "full", apart_from=4) is None
+
+
+def test_one_recipe_at_two_rungs_is_two_trainings() -> None:
+    found, at_head = Ended(), trial(1, digest="same", fidelity="head")
+    found.take_in([at_head], place)
+    assert found.trained("same", "full", apart_from=0) is None
+    assert found.trained("same", "confirm", apart_from=0) is None
+    assert found.trained("same", "head", apart_from=0) is at_head
 
 
 def test_trials_since_are_counted_by_when_they_ended_not_by_number() -> None:

@@ -279,6 +279,24 @@ def test_unusual_norms_are_left_to_the_layers(options: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), other.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_pooling_without_relu_leaves_what_is_negative(added: bool, training: bool) -> None:
+    norm = nn.BatchNorm2d(3).train(training)
+    maps = torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = F.max_pool2d(copy.deepcopy(norm)(maps), 2)
+        more = torch.randn_like(expected) if added else None
+        found = FusedNorm(norm, pools=True)(maps, more)
+    torch.testing.assert_close(found, expected if more is None else expected + more)
+
+
+def test_maps_that_cannot_be_added_after_pooling_are_refused() -> None:
+    maps = torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="must match"):
+        FusedNorm(nn.BatchNorm2d(3), pools=True, positive=True)(maps, maps)
+
+
 def test_frozen_norm_hands_gradients_on() -> None:
     model = model_of("relu, pooling", 12).eval()
     layers = copy.deepcopy(model)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tuner.evaluation import assess_validation
 from tuner.export import export
 from tuner.heads import Features, HeadResult, _features, train_heads
 from tuner.ladder import rung_of
+from tuner.lane import Lane
 from tuner.pulse import facts
 from tuner.recipe import Recipe
 from tuner.rungs import head
@@ -398,6 +400,26 @@ def test_stop_is_heard_while_the_backbone_is(
     assert [(o.state, o.reason) for o in outcomes] == [("interrupted", "signal")]
     assert time.monotonic() < began + 30
     assert len(ready.trials(TrialState.WAITING)) == 24
+
+
+def test_backbone_without_weights_is_trained_again_by_one_while_the_others_wait(
+    ready: Session, digits: Data, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained, "WEIGHTS_SECONDS", 0.0)
+    ready.trial_store(0).remove("model.safetensors")
+    ready.baseline()
+    made, train = list[int](), trained.train
+
+    def slowly(*args: Any) -> Lane:
+        made.append(1)
+        time.sleep(1)
+        return train(*args)
+
+    monkeypatch.setattr(trained, "train", slowly)
+    with ThreadPool(3) as pool:
+        found = pool.map(lambda _: trained.backbone(ready, digits, "cpu", cache), range(3))
+    assert len(made) == 1
+    assert all(each.features.train.equal(found[0].features.train) for each in found)
 
 
 def test_disk_that_is_full_says_where_to_make_room(

@@ -64,7 +64,7 @@ def test_a_large_jpeg_decoded_at_reduced_scale_looks_the_same(tmp_path: Path) ->
     assert np.abs(decoded.astype(int) - expected.astype(int)).mean() < 2
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK", "LAB", "YCbCr"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_becomes_grey_or_rgb(tmp_path: Path, mode: str, channels: int) -> None:
     path = tmp_path / "a.tif"

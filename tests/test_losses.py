@@ -570,6 +570,16 @@ def test_equalization_repeats_by_seed_and_leaves_the_global_generator_alone() ->
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_equalization_draws_by_the_seed_it_follows() -> None:
+    logits = torch.zeros(50, NUM_CLASSES)
+    component = losses.Equalization(threshold=1.0)
+    mask = losses.EqualizationLoss(COUNTS, threshold=1.0, seed=3)._spared(logits)
+    following = component.build(torch.as_tensor(COUNTS)).follow(3)
+    assert isinstance(following, losses.EqualizationLoss)
+    assert torch.equal(following._spared(logits), mask)
+    assert losses.CrossEntropyLoss(COUNTS).follow(3).state_dict() == {}
+
+
 # Components: bounds, exponents, canonical forms
 
 

@@ -10,7 +10,7 @@ from head_cases import CASES, unlike
 from test_heads_losses import BY_MODULE, COUNTS, built
 from torch import Tensor
 
-from tuner.losses import Loss
+from tuner.losses import EqualizationLoss, Loss
 from tuner.rows import GRADIENTS
 from tuner.stacks._losses import RowLosses
 from tuner.stacks._optimizers import Parts
@@ -50,6 +50,25 @@ def test_every_seat_has_the_gradient_of_its_loss_step_after_step(progress: float
             (expected,) = torch.autograd.grad(value, leaf)
             assert unlike(found[seat], expected) < 1e-10, KINDS[seat]
             assert values[seat].item() == pytest.approx(value.item(), rel=1e-10)
+
+
+def test_seats_that_leave_classes_out_draw_by_their_own_seeds() -> None:
+    seeds = (0, 1, 2**31 - 1)
+    losses = [sparing(seed) for seed in seeds]
+    table, parts = seated([*losses])
+    frame, alone = table.frame(SIZE), [sparing(seed) for seed in seeds]
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, SIZE, CLASSES, generator=draws, dtype=torch.float64).expand(3, -1, -1)
+    targets = torch.randint(CLASSES, (1, SIZE), generator=draws).expand(3, -1)
+    _, values = table.gradient(logits, targets, targets, frame, None, parts)
+    expected = [loss(logits[0], targets[0]).item() for loss in alone]
+    assert values.tolist() == pytest.approx(expected, rel=1e-10)
+    assert len(set(values.tolist())) == 3
+
+
+def sparing(seed: int) -> Loss:
+    loss = EqualizationLoss(COUNTS, gamma=0.5, threshold=1.0).follow(seed)
+    return loss.train()
 
 
 def test_loss_in_a_seat_remembers_what_it_would_remember_alone() -> None:

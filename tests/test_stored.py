@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -132,6 +133,25 @@ def test_a_full_disk_leaves_nothing_behind_and_images_in_memory(
     data = folder(photos(tmp_path / "photos", {"a": 8, "b": 8})).build()
     assert isinstance(data.train.images, ResidentImages)
     assert not list(cache.glob("*.pixels")) + list(cache.glob("*.half"))
+
+
+def test_nothing_is_written_after_an_error(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_decode, "_threads", lambda _paths: 2)
+    written = list[int]()
+
+    def full(index: int, _pixels: object) -> None:
+        time.sleep(0.01)
+        if index == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(index)
+
+    with pytest.raises(OSError, match="No space left"):
+        _decode.decode_all(files * 40, SIZE, 3, full)
+    before = len(written)
+    time.sleep(0.1)
+    assert len(written) == before, "the file is closed, and another one may have its number"
 
 
 def test_too_many_for_the_machine_are_streamed(

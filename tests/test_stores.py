@@ -299,8 +299,26 @@ def test_what_cannot_be_cleared_away_stays_and_stops_nothing(
     (tmp_path / "file").write_text("")
     store = FolderStore(tmp_path / "file")
     artifacts.drop_checkpoint(store)
-    artifacts.keep_weights_only_of(store, {1})
+    artifacts.keep_weights_only_of(store, lambda: {1})
     assert [str(tmp_path / "file") in message for message in caplog.messages] == [True, True]
+
+
+class Meanwhile(FolderStore):
+    """A store in which another worker ends a better trial while one looks at what is there."""
+
+    best = 1
+
+    def keys(self, prefix: str = "") -> list[str]:
+        type(self).best = 2
+        self.write(f"trial-00002/{artifacts.WEIGHTS}", b"")
+        return super().keys(prefix)
+
+
+def test_weights_of_a_better_trial_that_ends_during_the_clearing_stay(tmp_path: Path) -> None:
+    store = Meanwhile(tmp_path)
+    store.write(f"trial-00001/{artifacts.WEIGHTS}", b"")
+    artifacts.keep_weights_only_of(store, lambda: {store.best})
+    assert FolderStore(tmp_path).keys() == [f"trial-00002/{artifacts.WEIGHTS}"]
 
 
 class Interrupted:

@@ -15,6 +15,7 @@ from tuner import artifacts
 from tuner.datasets import Data, ResidentImages, StreamedImages
 from tuner.errors import NonFiniteError
 from tuner.lane import Lane
+from tuner.losses import EqualizationLoss
 from tuner.models import head_state
 from tuner.stores import FolderStore
 from tuner.trainer import epochs
@@ -44,6 +45,13 @@ def test_same_recipe_gives_same_numbers_and_another_seed_others(digits: Data) ->
     other = trained(replace(recipe(), seed=8), digits).logits
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
+
+
+def test_loss_that_draws_follows_the_seed_of_its_recipe(digits: Data) -> None:
+    chosen = recipe(loss={"name": "equalization"})
+    found = [Lane(replace(chosen, seed=seed), digits, "cpu").losses[0] for seed in (1, 2)]
+    known = [EqualizationLoss(digits.class_counts, seed=seed).seed for seed in (1, 2)]
+    assert [loss.seed for loss in found] == known
 
 
 def test_training_leaves_the_global_generator_alone(digits: Data) -> None:

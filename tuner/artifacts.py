@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -107,13 +107,18 @@ def load_weights(store: Store, identity: Mapping[str, str]) -> dict[str, Tensor]
     return tensors if all(meta.get(key) == value for key, value in identity.items()) else None
 
 
-def keep_weights_only_of(store: Store, numbers: set[int]) -> None:
-    """Remove the weights of all trials but the given ones from the store of a study."""
+def keep_weights_only_of(store: Store, kept: Callable[[], set[int]]) -> None:
+    """Remove the weights of all trials but those that ``kept`` numbers from the store of a study.
+
+    Weights are written after their trial ended. So ``kept`` is asked after the look at what is
+    there: it knows of every trial whose weights may be removed, whoever ends one meanwhile.
+    """
     try:
         keys = store.keys("trial-")
     except StoreError as error:
         log.warning("weights that are no longer needed stay: %s", error)
         return
+    numbers = kept()
     for key in keys:
         trial, _, name = key.partition("/")
         if name == WEIGHTS and int(trial.removeprefix("trial-")) not in numbers:

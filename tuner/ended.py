@@ -75,7 +75,7 @@ class Ended:
         self.apart: dict[Rung, list[FrozenTrial]] = defaultdict(list)
         self.given: dict[Rung, list[FrozenTrial]] = defaultdict(list)
         self.again: dict[int, list[int]] = defaultdict(list)
-        self._recipes: dict[str, list[int]] = defaultdict(list)
+        self._recipes: dict[tuple[Rung, str], list[int]] = defaultdict(list)
         self._ends: list[tuple[datetime, int]] = []
 
     def take_in(
@@ -113,13 +113,16 @@ class Ended:
             insort(self.given[rung_of(trial)], trial, key=by_number)
 
     def _note(self, trial: FrozenTrial) -> None:
-        insort(self._recipes[trial.user_attrs.get("digest", "")], trial.number)
+        insort(self._recipes[rung_of(trial), trial.user_attrs.get("digest", "")], trial.number)
         if trial.datetime_complete is not None:
             insort(self._ends, (trial.datetime_complete, trial.number))
 
-    def trained(self, digest: str, *, apart_from: int) -> FrozenTrial | None:
-        """The first complete trial, but for one and for copies, of an equivalent recipe."""
-        numbers = (n for n in self._recipes.get(digest, ()) if n != apart_from)
+    def trained(self, digest: str, rung: Rung, *, apart_from: int) -> FrozenTrial | None:
+        """The first complete trial of a rung, but for one and for copies, of an equivalent recipe.
+
+        Another rung trains the same recipe to other numbers.
+        """
+        numbers = (n for n in self._recipes.get((rung, digest), ()) if n != apart_from)
         return next((self.known[n] for n in numbers), None)
 
     def complete_since(self, trial: FrozenTrial) -> int:

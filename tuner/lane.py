@@ -17,7 +17,7 @@ from tuner.fused import FusedPasses, can_fuse
 from tuner.kept import keep_memory
 from tuner.lane_logits import logits_of
 from tuner.lane_state import restore, snapshot
-from tuner.losses import Loss
+from tuner.losses import Loss, LossComponent
 from tuner.models import Classifier, set_head_bias
 from tuner.optim import for_device
 from tuner.placing import placed
@@ -59,7 +59,7 @@ class Lane:
         self.fused_backbone = FusedPasses(self.model.backbone) if fuses else None
         losses = recipe.training.losses(recipe.loss)
         self.losses: list[Loss] = for_each_stage(
-            losses, lambda loss, _: loss.build(data.class_counts).to(self.device)
+            losses, lambda loss, _: self.built(loss).to(self.device)
         )
         samplers = recipe.training.samplers(recipe.sampler)
         self.samplers: list[Any] = for_each_stage(samplers, self._build_sampler)
@@ -82,6 +82,10 @@ class Lane:
             )
         self._set_head_bias(model)
         return model.to(self.device, self.dtype).to(memory_format=self._layout)  # type: ignore[call-overload, no-any-return]
+
+    def built(self, loss: LossComponent) -> Loss:
+        """A loss of the recipe on the CPU, as it stands at the beginning of the training."""
+        return loss.build(self.data.class_counts).follow(self.recipe.seed)
 
     def _build_sampler(self, component: Any, stage: int) -> Any:
         seed = derive_seed(self.recipe.seed, "sampler", stage)

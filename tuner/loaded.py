@@ -69,7 +69,8 @@ class LoadedRecipe:
         training that is done, at the start of each epoch. Of a deferred recipe it is the loss
         from the switch on; before that it trains with ``recipe.loss.plain()``.
         """
-        return self.recipe.loss.build(torch.as_tensor(class_counts))  # type: ignore[no-any-return]
+        loss: Loss = self.recipe.loss.build(torch.as_tensor(class_counts))
+        return loss.follow(self.recipe.seed)
 
     def sampler(
         self, targets: Tensor | Sequence[int], *, rank: int = 0, world_size: int = 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from optuna.trial import FrozenTrial
 
 from tuner import artifacts
-from tuner.alone import Stop, Stopped, cache_folder
+from tuner.alone import Stop, Stopped, alone, cache_folder
 from tuner.augment import MIXING, Augmenter
 from tuner.confirm import fold_of
 from tuner.datasets import Data, fold
@@ -119,23 +121,44 @@ def backbone(
         if settings.backbone == "initial":
             lane = Lane(stored_recipe(baseline), data, device)
         else:
-            _wait_for_weights(session, baseline, stop)
-            lane = trained_lane(session, baseline, data, device, stop)
+            lane = _lane_for_all(session, baseline, data, device, folder, stop)
         features = _features(lane, data, settings.copies, folder, stop)
         return Backbone(lane, features.to(device))
 
 
 def _features(lane: Lane, data: Data, copies: int, folder: Path, stop: Stop) -> Features:
     augment, seed = _unmixed(lane.recipe, data), lane.recipe.seed
-    try:
+    with _kept_in(folder):
         return cached_features(
             lane.model, data, augment, copies=copies, seed=seed, folder=folder, stop=stop
         )
+
+
+@contextlib.contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise TunerError(
             f"features of the head rung cannot be kept in {folder} ({error.strerror or error}); "
             "make room there, or set TUNER_CACHE to a folder that this worker may write"
         ) from error
+
+
+def _lane_for_all(
+    session: Session, trial: FrozenTrial, data: Data, device: str, folder: Path, stop: Stop
+) -> Lane:
+    """See ``trained_lane``; of the processes of a machine only one trains it again.
+
+    The others wait for what it keeps: weights may be lost for all at once, where a worker dies
+    between the end of its trial and writing them.
+    """
+    _wait_for_weights(session, trial, stop)
+    with contextlib.ExitStack() as held:
+        with _kept_in(folder):
+            name = f"{session.identity()['study']}-{trial.number}"
+            held.enter_context(alone(folder / name, stop))
+        return trained_lane(session, trial, data, device, stop)
 
 
 def _wait_for_weights(session: Session, trial: FrozenTrial, stop: Stop) -> None:

@@ -42,7 +42,7 @@ def decide(session: Session, data: Data, *, device: str = "cpu") -> dict[str, An
     session.study.set_user_attr("verdict", verdict)
     if verdict["confirmed"]:
         # Only now are the models of the other recipes not needed any more.
-        artifacts.keep_weights_only_of(session.store, {_source(best), _source(baseline)})
+        artifacts.keep_weights_only_of(session.store, lambda: _needed(session, best, baseline))
     return verdict
 
 
@@ -56,6 +56,12 @@ def _asked(verdict: dict[str, Any]) -> tuple[int, int, dict[int, int]]:
 def _trained_again(session: Session) -> dict[int, int]:
     """How often recipes of the confirm rung were trained to the end, by number of the trial."""
     return {each.trial.number: len(each.runs) for each in entrants(session)}
+
+
+def _needed(session: Session, *compared: FrozenTrial) -> set[int]:
+    """Trials whose weights the verdict is of, or the next one will be."""
+    now = (session.best(), session.baseline())
+    return {_source(trial) for trial in (*compared, *now) if trial is not None}
 
 
 def _source(trial: FrozenTrial) -> int:

@@ -70,7 +70,8 @@ def decode_all(
 ) -> None:
     """Decode every file and hand ``keep`` its index and pixels (channels, size, size).
 
-    Large files are decoded on all cores, so that ``keep`` is called by several threads.
+    Large files are decoded on all cores, so that ``keep`` is called by several threads; never
+    after the return, or after an error.
 
     Raises:
         BrokenImagesError: Some files are broken; all are counted and the first five named.
@@ -95,9 +96,14 @@ def undecodable(
         keep(index, pixels)
         return None
 
-    with ThreadPool(_threads(paths)) as pool:
+    pool = ThreadPool(_threads(paths))
+    try:
         outcomes = pool.imap(fill, range(len(paths)), chunksize=64)
         return [outcome for outcome in outcomes if outcome is not None]
+    finally:
+        # After an error of ``keep`` threads would go on, and write to what is closed by then.
+        pool.terminate()
+        pool.join()
 
 
 def decoded(paths: Sequence[str], size: int, channels: int) -> NDArray[np.uint8]:
@@ -168,6 +174,8 @@ def _by_pillow(image: Image, size: int, channels: int) -> NDArray[np.uint8]:
     # for the antialiased scaling.
     image.draft(mode, (DRAFTED // 2 * size, DRAFTED // 2 * size))
     upright = _eight_bit(_upright(image))
+    if upright.mode == "LAB":  # which Pillow turns into colours only
+        upright = upright.convert("RGB")
     pixels = np.asarray(_centre_square(upright.convert(mode), size))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

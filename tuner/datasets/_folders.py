@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,9 +13,10 @@ from pydantic import Field
 from tuner.datasets._base import DATASETS, Dataset, resolve
 from tuner.datasets._decode import DECODER
 from tuner.datasets._download import fetch
+from tuner.datasets._passed import passed_over
 from tuner.datasets._sources import FolderSource, Sources
-from tuner.datasets._walk import files_below, refuse_no_text, subfolders
-from tuner.errors import DataError, counted
+from tuner.datasets._walk import files_below, is_special, refuse_no_text, subfolders
+from tuner.errors import DataError
 from tuner.registry import component
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -39,16 +40,18 @@ ImageSize = Annotated[int, Field(ge=4, le=2048)]
 
 
 @dataclass(frozen=True)
-class _Folder:
+class Folder:
     """The classes of one folder: image paths relative to it, by class name.
 
-    ``unread`` are the paths of images in formats that are not read, ``loose`` the names of
-    images that lie beside the class folders and so have no class.
+    ``unread`` are the paths of images in formats that are not read, ``special`` those of what has
+    the name of an image but is no file, ``loose`` the names of images that lie beside the class
+    folders and so have no class.
     """
 
     root: Path
     classes: Mapping[str, list[str]]
     unread: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
     loose: tuple[str, ...] = ()
 
     def source(self, class_names: tuple[str, ...], size: int, channels: int) -> FolderSource:
@@ -67,7 +70,7 @@ class _Folder:
         return FolderSource(self.root, tuple(path for path, _ in samples), targets, size, channels)
 
 
-def scan(root: Path) -> _Folder:
+def scan(root: Path) -> Folder:
     """Find the class folders of ``root`` and the images in them, at any depth.
 
     Files that are no images and names that begin with a dot are passed over; images in a
@@ -97,14 +100,14 @@ def scan(root: Path) -> _Folder:
     return replace(_checked(root, classes), unread=unread, loose=loose)
 
 
-def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Sources:
+def combine(parts: Mapping[str, Folder], *, size: int, channels: int) -> Sources:
     """Samples of each part, with the classes of the training part.
 
     Raises:
         DataError: There is only one class, or a part has a class that is not trained.
     """
     train = parts["train"]
-    names = tuple(sorted(train.classes))
+    names, found = tuple(sorted(train.classes)), tuple(parts.values())
     if len(names) < 2:
         only = train.root / names[0]
         hint = f". If the folders in {only} are the classes, that is the root"
@@ -118,30 +121,9 @@ def combine(parts: Mapping[str, _Folder], *, size: int, channels: int) -> Source
         sources["train"],
         validation=sources.get("validation"),
         test=sources.get("test"),
-        warnings=(*_unread(parts.values()), *_loose(parts.values())),
+        warnings=passed_over(found),
         decoder=DECODER,
     )
-
-
-def _unread(folders: Iterable[_Folder]) -> Iterator[str]:
-    """A warning about images in formats that are not read, if there are some."""
-    files = [folder.root / path for folder in folders for path in folder.unread]
-    if files:
-        passed = "1 file was" if len(files) == 1 else f"{len(files)} files were"
-        suffix = files[0].suffix.lower()
-        yield f"{passed} passed over, for example {files[0]}: {suffix} is not read"
-
-
-def _loose(folders: Iterable[_Folder]) -> Iterator[str]:
-    """A warning per part about images that are in no class folder."""
-    for folder in folders:
-        if folder.loose:
-            one = len(folder.loose) == 1
-            lie, were = ("lies", "it was") if one else ("lie", "they were")
-            yield (
-                f"{folder.root}: {counted(len(folder.loose), 'image')} {lie} beside the class "
-                f"folders, for example {folder.loose[0]}: without a class, {were} passed over"
-            )
 
 
 @component
@@ -221,7 +203,7 @@ class INaturalist(_ImageFiles):
             parts["test"] = self._part(root, "2021_valid")
         return combine(parts, size=self.image_size, channels=self.channels)
 
-    def _part(self, root: Path, version: str) -> _Folder:
+    def _part(self, root: Path, version: str) -> Folder:
         from torchvision.datasets import inaturalist
 
         found = fetch(
@@ -282,7 +264,9 @@ def _refuse_parts_without_training(root: Path) -> None:
         raise DataError(f"{root / 'train'}: there is no such folder beside {', '.join(folders)}")
 
 
-def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
+def _checked(root: Path, found: Mapping[str, list[str]]) -> Folder:
+    special = {path for paths in found.values() for path in paths if is_special(f"{root}/{path}")}
+    classes = {name: [p for p in paths if p not in special] for name, paths in found.items()}
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         others = f", and {len(empty) - 1} more have none either" if len(empty) > 1 else ""
@@ -290,7 +274,7 @@ def _checked(root: Path, classes: dict[str, list[str]]) -> _Folder:
             f"{root / empty[0]}: this class folder has no image "
             f"({', '.join(IMAGE_SUFFIXES)}){others}; fill it or remove it"
         )
-    return _Folder(root, classes)
+    return Folder(root, classes, special=tuple(sorted(special)))
 
 
 def _is_image(file: str) -> bool:

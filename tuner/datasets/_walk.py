@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -53,6 +54,17 @@ def files_below(root: Path, name: str) -> Iterator[str]:
         folders[:] = [f for f in folders if f[0] != "." and not _leads_back(Path(base, f))]
         inside = Path(base).relative_to(root).as_posix()
         yield from (f"{inside}/{file}" for file in files if file[0] != ".")
+
+
+def is_special(path: str) -> bool:
+    """Whether it is a pipe, a socket or a device: who opens one may wait for ever.
+
+    A link that leads nowhere is not, nor what nobody may look at: opened, they say what is wrong.
+    """
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _leads_back(folder: Path) -> bool:

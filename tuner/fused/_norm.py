@@ -41,7 +41,8 @@ class FusedNorm(nn.Module):
         if not self.pools:
             return self._normed(maps, added, positive=self.positive)
         norm, (height, width) = self.norm, maps.shape[2:]
-        if height % 2 or width % 2 or not (norm.weight > 0).all():
+        whole = self.positive and added is None and height % 2 == width % 2 == 0
+        if not whole or not (norm.weight > 0).all():
             return self._after(self._normed(maps, None, positive=False), added)
         self._count()
         if not norm.training:

@@ -53,7 +53,7 @@ class Order:
     @classmethod
     def of(cls, index: int, recipe: Recipe, data: Data) -> Order:
         """The order of a recipe; its loss stands at the beginning of the training."""
-        loss: Loss = recipe.loss.build(data.class_counts)
+        loss: Loss = recipe.loss.build(data.class_counts).follow(recipe.seed)
         loss.advance(0.0)
         loss.train()
         return cls(index, recipe, loss)

@@ -131,6 +131,10 @@ class Loss(nn.Module, ABC):
         """Note that a fraction ``progress`` in [0, 1) of the training is done."""
         self.active = progress >= self.start
 
+    def follow(self, seed: int) -> Self:
+        """Let what the loss draws follow the seed of a recipe; most losses draw nothing."""
+        return self
+
     def as_soft(self, targets: Tensor, like: Tensor) -> Tensor:
         """Targets as rows of class shares (N, C), in dtype and device of ``like``."""
         if targets.ndim == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Unpack
+from typing import Annotated, Self, Unpack
 
 import torch
 from pydantic import Field
@@ -50,10 +50,15 @@ class EqualizationLoss(Loss):
     ) -> None:
         super().__init__(class_counts, **options)
         self.gamma = gamma
-        self.seed = derive_seed("equalization", seed)
+        self.follow(seed)
         tail = class_priors(self.class_counts) < threshold
         self.register_buffer("tail", tail, persistent=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def follow(self, seed: int) -> Self:
+        """Draw by this seed from here on."""
+        self.seed = derive_seed("equalization", seed)
+        return self
 
     def table(self, logits: Tensor) -> Tensor:
         """Negative log probabilities over the classes that are not left out (N, C)."""
@@ -79,10 +84,11 @@ class EqualizationLoss(Loss):
         return (drawn < self.gamma) & self.tail.to(logits.device)
 
 
-def equalization_draws(seed: int, steps: Tensor, places: Tensor) -> Tensor:
+def equalization_draws(seed: int | Tensor, steps: Tensor, places: Tensor) -> Tensor:
     """Numbers in [0, 1), float64, that decide who is left out in the batch after ``steps``.
 
-    ``places`` count samples and their classes, sample after sample, in any arrangement.
+    Of the seed the lowest 32 bits count. ``places`` count samples and their classes, sample after
+    sample, in any arrangement.
     """
     return _mix(places + _mix(steps + seed)).double() / (_WORD + 1)
 

@@ -16,7 +16,7 @@ from tuner.rows._gradients import (
     smooth_gradient,
     softmax_gradient,
 )
-from tuner.rows._rows import EQUALIZATION_SEED, Kind
+from tuner.rows._rows import HALF, Kind
 
 
 def spared_gradient(
@@ -26,7 +26,8 @@ def spared_gradient(
     _, classes, samples = u.shape
     first = torch.arange(samples, device=u.device) * classes
     places = first + torch.arange(classes, device=u.device)[:, None]
-    draws = equalization_draws(EQUALIZATION_SEED, batch.steps[:, None, None], places)
+    seeds = table["seed_high"].long() * HALF + table["seed_low"].long()
+    draws = equalization_draws(seeds, batch.steps[:, None, None], places)
     left_out = (draws < table["spared"][:, :, None]) & (batch.hit == 0)
     absent = torch.finfo(u.dtype).min / 4
     return softmax_gradient(u.masked_fill_(left_out, absent), batch, table, value)

@@ -18,7 +18,7 @@ from tuner.placing import CPU, placed
 from tuner.rows._rows import Row
 
 VECTORS = ("weight", "mult", "add", "margin", "eps", "spared")
-NUMBERS = ("gamma", "gamma_neg", "floor", "half_life")
+NUMBERS = ("gamma", "gamma_neg", "floor", "half_life", "seed_high", "seed_low")
 STATE = {"missed": 0.0, "seen": 0.0, "rate": 1.0}
 
 

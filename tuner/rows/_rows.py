@@ -27,11 +27,10 @@ from tuner.losses import (
     WeightedAsymmetricLoss,
     WeightedCrossEntropyLoss,
 )
-from tuner.seeding import derive_seed
 
 Kind = Literal["softmax", "smooth", "sigmoid", "spared", "adaptive"]
 
-EQUALIZATION_SEED = derive_seed("equalization", 0)
+HALF = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,8 @@ class Row:
     ``smooth``: the same of targets of which a share ``eps`` is spread over all classes, with
     p_c^gamma_neg on the classes c that are not the sample's own.
     ``sigmoid``: weight_y times the sum of C binary focal losses, p = sigmoid(u).
-    ``spared``: cross-entropy without the other classes of which a draw is below ``spared``.
+    ``spared``: cross-entropy without the other classes of which a draw by ``seed`` is below
+    ``spared``.
     ``adaptive``: cross-entropy, weighted by how often each class is missed if ``floor`` < 1.
     """
 
@@ -57,6 +57,17 @@ class Row:
     gamma_neg: float = 0.0
     floor: float = 1.0
     half_life: float = 1.0
+    seed: int = 0
+
+    @property
+    def seed_high(self) -> int:
+        """The upper half of the lowest 32 bits of the seed; a float32 holds it exactly."""
+        return self.seed // HALF % HALF
+
+    @property
+    def seed_low(self) -> int:
+        """The lower half."""
+        return self.seed % HALF
 
 
 def row_of(loss: Loss) -> Row | None:
@@ -125,10 +136,10 @@ def _asymmetric(loss: AsymmetricLoss) -> Row:
 
 
 def _equalization(loss: EqualizationLoss) -> Row | None:
-    if loss.class_weights is not None or loss.seed != EQUALIZATION_SEED:
+    if loss.class_weights is not None:
         return None
     spared = loss.tail * (loss.gamma if loss.active else 0.0)
-    return _row(loss, "spared", spared=spared)
+    return _row(loss, "spared", spared=spared, seed=loss.seed)
 
 
 def _adaptive(loss: FnrAdaptiveLoss) -> Row | None:

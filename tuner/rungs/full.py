@@ -85,7 +85,7 @@ def _run(
     recipe = resolve(session, attempt.trial, data, slot.device)
     way = _way(slot, recipe, _most(slot, attempt))
     slot.side_by_side = way.lanes
-    known = equivalent(session, recipe, attempt.number)
+    known = equivalent(session, recipe, attempt)
     if known is not None:
         return _copy(attempt, known)
     while True:

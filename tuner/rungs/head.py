@@ -243,7 +243,7 @@ class _Cohort:
         except Exception as error:
             # The result is written: nothing that happens now may undo it.
             log.warning("trial %d: its weights are not kept: %s", attempt.number, error)
-        artifacts.keep_weights_only_of(self.session.store, kept_trials(self.session))
+        artifacts.keep_weights_only_of(self.session.store, lambda: kept_trials(self.session))
 
 
 def _norms(result: HeadResult) -> tuple[Tensor, Tensor]:

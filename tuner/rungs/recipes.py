@@ -109,6 +109,6 @@ def kept_trials(session: Session) -> set[int]:
     return {known[n].user_attrs.get("duplicate_of", n) if n in known else n for n in wanted}
 
 
-def equivalent(session: Session, recipe: Recipe, number: int) -> FrozenTrial | None:
-    """A complete trial, other than ``number``, that trained an equivalent recipe."""
-    return session.ended().trained(recipe.digest(), apart_from=number)
+def equivalent(session: Session, recipe: Recipe, trial: Any) -> FrozenTrial | None:
+    """Another complete trial that trained an equivalent recipe at the rung of ``trial``."""
+    return session.ended().trained(recipe.digest(), rung_of(trial), apart_from=trial.number)

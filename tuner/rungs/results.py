@@ -86,11 +86,11 @@ def constrain(attempt: Attempt, metrics: dict[str, Any] | None) -> None:
 
 def _keep_weights(attempt: Attempt, training: Training, result: EpochResult) -> None:
     """Keep the weights of the best trial so far and of the baseline, no others."""
-    kept = kept_trials(attempt.session)
-    if attempt.number in kept:
+    session = attempt.session
+    if attempt.number in kept_trials(session):
         meta = {**training.identity, "digest": training.recipe.digest()}
         artifacts.save_weights(training.store, result.lane.model, meta)
-        artifacts.keep_weights_only_of(attempt.session.store, kept_trials(attempt.session))
+        artifacts.keep_weights_only_of(session.store, lambda: kept_trials(session))
 
 
 def interrupted(attempt: Attempt) -> Outcome:

@@ -73,7 +73,7 @@ class Stack:
         """Let a lane take a free seat, which is overwritten by what the lane has."""
         seat = next(seat for seat in range(self.seats) if seat not in self.lanes)
         self.lanes[seat] = lane
-        self.here[seat] = loss_of(lane).build(lane.data.class_counts)
+        self.here[seat] = lane.built(loss_of(lane))
         with self.device.work(), torch.no_grad():
             self.state.admit(lane, seat)
             self.optimizer.admit(seat, lane.optimizer)
