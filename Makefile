@@ -1,16 +1,22 @@
-# make demo: install and run the main job.  make test: install and run all tests.
+# make demo: install and run the main job.  make test: install and run the tests.
+# make test-long: those that start, kill and wait for many processes (ten minutes).
 # make gpu: run the tests that need a GPU with one that is pretended (ten minutes).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test gpu lint format clean
+RUN_TESTS := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-long gpu lint format clean
 
 demo: .venv/run
 	$(BIN)/tuner run studies/digits.toml
 
 test: .venv/test
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN_TESTS) -m "not long"
+
+test-long: .venv/test
+	$(RUN_TESTS) -m long
 
 gpu: .venv/test
 	PYTHONPATH=tests $(BIN)/python -m pretended -m "gpu and not real" -n 2 tests

@@ -74,6 +74,7 @@ def tuner(tmp_path_factory: pytest.TempPathFactory) -> Tuner:
     return made
 
 
+@pytest.mark.long
 def test_run_with_two_slots_shares_the_trials_out_and_shows_what_they_found(
     tmp_path: Path,
 ) -> None:

@@ -100,6 +100,7 @@ def test_diverged_trial_is_pruned_at_once_with_the_reason(
     assert "epoch 0" in trial.user_attrs["detail"]
 
 
+@pytest.mark.long
 def test_trial_that_only_guesses_is_pruned_and_the_baseline_is_not(
     make_session: MakeSession, digits: Data
 ) -> None:

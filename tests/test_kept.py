@@ -53,6 +53,7 @@ def maps(code: str, **environment: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.long
 def test_a_training_on_the_processor_keeps_memory_in_whatever_process() -> None:
     assert maps("") == 1
     assert maps(TRAINING) == 0

@@ -149,6 +149,7 @@ def parent(pid: int) -> int:
     return int(line.split()[1])
 
 
+@pytest.mark.long
 @with_ray
 def test_workers_and_machines_that_die_cost_no_trial(
     cluster: Any, make_session: MakeSession, tmp_path: Path, sqlite: str
@@ -197,6 +198,7 @@ def test_nothing_secret_is_in_rays_files(cluster: Any) -> None:
     assert not [path for path in files if PASSWORD.encode() in path.read_bytes()]
 
 
+@pytest.mark.long
 @with_ray
 def test_workers_that_are_told_to_stop_keep_their_trials(
     cluster: Any, make_session: MakeSession, tmp_path: Path, sqlite: str
@@ -212,6 +214,7 @@ def test_workers_that_are_told_to_stop_keep_their_trials(
     assert all(row["state"] == "left" for row in session.ledger.workers())
 
 
+@pytest.mark.long
 @with_ray
 def test_what_the_user_can_cure_ends_a_worker_and_is_said(
     cluster: Any, make_session: MakeSession, tmp_path: Path, sqlite: str,

@@ -147,6 +147,7 @@ def test_array_is_submitted_with_signal_and_requeue_and_no_password(
     assert PASSWORD not in slurm.script + shown + printed
 
 
+@pytest.mark.long
 def test_job_whose_time_is_up_comes_back_under_its_name_and_loses_nothing(
     slurm: Slurm, session: Session, postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +175,7 @@ def test_job_whose_time_is_up_comes_back_under_its_name_and_loses_nothing(
         assert epochs == list(range(300))
 
 
+@pytest.mark.long
 def test_jobs_without_slurm_share_the_budget(
     make_file: MakeFile, digits: Data, sqlite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +195,7 @@ def test_jobs_without_slurm_share_the_budget(
     assert names <= {f"local-{number}" for number in numbers}
 
 
+@pytest.mark.long
 def test_what_the_user_can_cure_is_the_jobs_exit_code(
     make_file: MakeFile, sqlite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

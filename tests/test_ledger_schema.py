@@ -169,6 +169,7 @@ def _start(url: str, _number: int) -> tuple[int, bool, float]:
     return study._study_id, queued, time.monotonic() - began
 
 
+@pytest.mark.long
 def test_sixteen_processes_may_start_on_an_empty_database(database: str) -> None:
     found = in_processes(_start, [(database, number) for number in range(16)])
     studies, queued, _ = zip(*found, strict=True)

@@ -131,6 +131,7 @@ def test_error_of_another_kind_is_no_lack_of_memory() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+@pytest.mark.long
 def test_machine_that_really_has_no_memory_left_says_so_in_words_that_are_known() -> None:
     code = (
         "import resource, torch; from tuner.rungs.memory import is_out_of_memory\n"

@@ -60,6 +60,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("meta_device")
 def test_every_torchvision_classifier_loses_its_last_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, without the trial run of one image, which would take most of the time."""

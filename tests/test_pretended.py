@@ -31,6 +31,7 @@ QUICK = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_what_is_made_for_a_gpu_keeps_its_rules() -> None:
     reason = why_not()

@@ -399,6 +399,7 @@ def connections_to(url: str) -> int:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.database
 def test_four_workers_lose_nothing_when_their_proxy_is_killed_and_started_again(
     postgres: str, make_file: MakeFile, digits: Data, tmp_path: Path

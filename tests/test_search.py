@@ -146,6 +146,7 @@ def test_made_up_problem_has_its_optimum_where_it_says(bench: dict[str, Any]) ->
     assert bench["true_value"](recipe) == pytest.approx(bench["OPTIMUM"])
 
 
+@pytest.mark.long
 def test_tpe_finds_more_than_chance(bench: dict[str, Any]) -> None:
     def found(name: str) -> float:
         runs = (bench["search"](lambda s: algorithm(name, s), s, 60) for s in range(4))

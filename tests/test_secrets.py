@@ -271,6 +271,7 @@ def test_a_password_on_the_command_line_is_gone_from_the_list_of_processes(
             process.kill()
 
 
+@pytest.mark.long
 def test_the_command_still_uses_the_storage_it_was_given(tmp_path: Path) -> None:
     url = f"postgresql://someone:{ENCODED}@127.0.0.1:1/x"
     command = [sys.executable, "-m", "tuner", "--debug", "status", "x", f"--storage={url}"]

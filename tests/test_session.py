@@ -455,6 +455,7 @@ def test_every_ticket_is_claimed_by_exactly_one_of_many_processes(
     assert sorted(number for numbers in claimed for number in numbers) == list(range(40))
 
 
+@pytest.mark.long
 def test_many_processes_create_one_study_with_one_queue_on_an_empty_storage(
     storage: str, make_file: MakeFile, digits: Data, tmp_path: Path
 ) -> None:

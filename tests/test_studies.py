@@ -102,6 +102,7 @@ def shortened(path: Path) -> StudyFile:
     return parse(values, tomli_w.dumps(values), where=path.name)
 
 
+@pytest.mark.long
 @every_study
 @pytest.mark.usefixtures("_own_cifar")
 def test_study_trains_its_first_trials(

@@ -96,6 +96,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_goes_on_where_it_stopped(
     number: signal.Signals, undisturbed: Run, tmp_path: Path
@@ -129,6 +130,7 @@ def test_killed_run_loses_no_trial_and_ends_the_same(undisturbed: Run, tmp_path:
     assert run.results() == undisturbed.results()
 
 
+@pytest.mark.long
 def test_second_interrupt_stops_at_once_and_keeps_the_trial(tmp_path: Path) -> None:
     run = Run(tmp_path)
     slow = STUDY.replace('name = "mlp"', 'name = "mlp"\nwidth = 3000\ndepth = 4')
@@ -165,6 +167,7 @@ def test_run_prints_the_table_the_files_and_the_next_commands(undisturbed: Run) 
     assert "tuner train runs/long/best/recipe.toml" in text
 
 
+@pytest.mark.long
 def test_exported_recipe_trains_to_the_stored_metrics(undisturbed: Run) -> None:
     command = [sys.executable, "-m", "tuner", "train", "runs/long/best/recipe.toml"]
     done = subprocess.run(
@@ -175,6 +178,7 @@ def test_exported_recipe_trains_to_the_stored_metrics(undisturbed: Run) -> None:
     assert (undisturbed.folder / "again/model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_two_workers_share_one_budget(
     make_session: MakeSession, sqlite: str, tmp_path: Path
 ) -> None:

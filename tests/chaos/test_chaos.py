@@ -52,6 +52,7 @@ def disturb(monkey: Monkey, expected: list[FrozenTrial]) -> None:
     assert counts["attempts"] > crew.place.trials, "nothing was disturbed"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_study_on_sqlite_survives_everything(
     undisturbed: list[FrozenTrial], tmp_path: Path, disk: Path | None
@@ -62,6 +63,7 @@ def test_study_on_sqlite_survives_everything(
     disturb(Monkey(crew, seed=1, disk=disk), undisturbed)
 
 
+@pytest.mark.long
 @pytest.mark.database
 @pytest.mark.timeout(500)
 def test_study_on_postgresql_survives_everything(
