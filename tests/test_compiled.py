@@ -20,6 +20,8 @@ from tuner.lane import Lane
 from tuner.stores import FolderStore
 from tuner.worker import work
 
+pytestmark = pytest.mark.long
+
 CASES = ("plain", "batch norm and cosine head", "two stages, classifier only")
 
 

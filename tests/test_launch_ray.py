@@ -191,6 +191,7 @@ def test_workers_and_machines_that_die_cost_no_trial(
     assert sorted(outcome.number for outcome in launch.said) == list(range(12))
 
 
+@pytest.mark.long
 @with_ray
 def test_nothing_secret_is_in_rays_files(cluster: Any) -> None:
     files = [path for path in Path(cluster.folder).rglob("*") if path.is_file()]
@@ -230,6 +231,7 @@ def test_what_the_user_can_cure_ends_a_worker_and_is_said(
     assert session.ledger.workers() == []
 
 
+@pytest.mark.long
 @with_ray
 def test_machine_without_room_for_a_worker_is_refused_when_it_is_the_only_one(
     cluster: Any, make_session: MakeSession, sqlite: str, caplog: pytest.LogCaptureFixture

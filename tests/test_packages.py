@@ -20,6 +20,8 @@ from tuner.losses import LOSSES
 from tuner.packages import GROUP, Packages
 from tuner.registry import Registry
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parents[1]
 STUDY = """
 name = "own"
@@ -101,7 +103,6 @@ def tuner(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuner:
     return made
 
 
-@pytest.mark.long
 def test_loss_of_a_package_is_searched_by_all_slots_and_rungs(tuner: Tuner) -> None:
     trials = json.loads(tuner("trials", "own", "--json")[0])
     own = [trial for trial in trials if trial["loss"] == "brier"]
@@ -109,13 +110,11 @@ def test_loss_of_a_package_is_searched_by_all_slots_and_rungs(tuner: Tuner) -> N
     assert {trial["state"] for trial in own} <= {"complete", "pruned"}
 
 
-@pytest.mark.long
 def test_loss_of_a_package_is_checked_and_listed(tuner: Tuner) -> None:
     assert "loss.brier.sharpness" in tuner("check", "own.toml")[0]
     assert "brier  Squared distance of the probabilities" in tuner("list", "losses")[0]
 
 
-@pytest.mark.long
 def test_recipe_with_a_loss_of_a_package_is_exported_and_trained_again(tuner: Tuner) -> None:
     trials = json.loads(tuner("trials", "own", "--rung", "full", "--json")[0])
     complete = [t for t in trials if t["loss"] == "brier" and t["state"] == "complete"]
@@ -127,7 +126,6 @@ def test_recipe_with_a_loss_of_a_package_is_exported_and_trained_again(tuner: Tu
     assert "unknown loss 'brier'; is the package that has it installed here?" in said
 
 
-@pytest.mark.long
 def test_worker_without_the_package_refuses_the_study(tuner: Tuner) -> None:
     _, said = tuner("worker", "own", code=1, without=True)
     assert "unknown loss 'brier'; is the package that has it installed here?" in said

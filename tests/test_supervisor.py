@@ -28,7 +28,7 @@ from tuner.slots import SlotPlan, plan_slots
 from tuner.supervisor import TAKEN, Sight, Supervisor, _child, _supervisor
 from tuner.worker import SAME_REQUEST, work
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 PATIENCE = 250.0
 ENDLESS: dict[str, Any] = {
@@ -119,7 +119,6 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-@pytest.mark.long
 def test_two_slots_run_exactly_the_budget_with_a_line_per_epoch(
     make_session: MakeSession, machine: Callable[..., Machine], sqlite: str
 ) -> None:
@@ -142,7 +141,6 @@ def test_two_slots_run_exactly_the_budget_with_a_line_per_epoch(
     assert lines[-1] == "study tiny: the budget is spent"
 
 
-@pytest.mark.long
 def test_ctrl_c_lets_slots_keep_their_trials_and_another_worker_goes_on_from_there(
     make_session: MakeSession, machine: Callable[..., Machine], digits: Data
 ) -> None:
@@ -167,7 +165,6 @@ def test_ctrl_c_lets_slots_keep_their_trials_and_another_worker_goes_on_from_the
     assert epochs[0][1] > 0
 
 
-@pytest.mark.long
 def test_told_twice_slots_leave_at_once_and_put_their_trials_back(
     make_session: MakeSession, machine: Callable[..., Machine]
 ) -> None:
@@ -183,7 +180,6 @@ def test_told_twice_slots_leave_at_once_and_put_their_trials_back(
     assert states(session) == [TrialState.WAITING] * 3
 
 
-@pytest.mark.long
 def test_killed_slot_starts_again_and_gets_its_trial_back(
     make_session: MakeSession, machine: Callable[..., Machine]
 ) -> None:
@@ -200,7 +196,6 @@ def test_killed_slot_starts_again_and_gets_its_trial_back(
     assert worker.end() == 0
 
 
-@pytest.mark.long
 def test_slots_leave_when_their_supervisor_is_killed(
     make_session: MakeSession, machine: Callable[..., Machine]
 ) -> None:
@@ -215,7 +210,6 @@ def test_slots_leave_when_their_supervisor_is_killed(
     assert [a["end"] for a in session.ledger.attempts()] == ["preempted"]
 
 
-@pytest.mark.long
 def test_second_worker_of_one_name_leaves_and_nothing_runs_twice(
     make_session: MakeSession, machine: Callable[..., Machine]
 ) -> None:
@@ -232,7 +226,6 @@ def test_second_worker_of_one_name_leaves_and_nothing_runs_twice(
     assert worker.end() == 0
 
 
-@pytest.mark.long
 def test_two_workers_of_one_name_share_its_slots_and_say_so(
     make_session: MakeSession, machine: Callable[..., Machine], digits: Data, sqlite: str
 ) -> None:
