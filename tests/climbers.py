@@ -7,7 +7,7 @@ from typing import Any
 from zlib import crc32
 
 from fleet import lease
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.datasets import Data
 from tuner.ladder import rung_of
@@ -60,6 +60,19 @@ def finish_with(
     constrain(attempt, both)
     finish(attempt, value)
     return attempt.number
+
+
+def fail(session: Session, claimed: Lease) -> None:
+    """End the trial of a lease without a result."""
+    session.fenced.take(claimed)
+    session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+
+
+def fail_next(session: Session) -> None:
+    """End the next trial without a result."""
+    claimed = lease(session)
+    assert claimed is not None
+    fail(session, claimed)
 
 
 def climb_to_the_top(session: Session, data: Data, score: Score) -> list[FrozenTrial]:

@@ -13,6 +13,8 @@ from climbers import (
     by_recipe,
     climb_to_the_top,
     end_next,
+    fail,
+    fail_next,
     finish_with,
     merit,
     opposite,
@@ -25,10 +27,8 @@ from tuner.climbing import compared, is_over, ladder_lines, promoted, twins
 from tuner.datasets import Data
 from tuner.doubts import cautions
 from tuner.ladder import rung_of
-from tuner.ledger import Lease
 from tuner.planned import at
 from tuner.proposals import MOST, PRIOR_BEST, is_blind, proposing
-from tuner.session import Session
 from tuner.tickets import fill_queue, ladder_state, retry_failed
 
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
@@ -361,10 +361,7 @@ def test_a_baseline_in_vain_is_tried_again_and_nothing_is_built_on_it(
 ) -> None:
     session = make_session(**CLIMBING)
     for _ in range(3):
-        claimed = lease(session)
-        assert claimed is not None
-        session.fenced.take(claimed)
-        session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+        fail_next(session)
     assert lease(session) is None
     assert {rung_of(t) for t in session.trials()} == {"full"}
 
@@ -403,12 +400,6 @@ def test_a_larger_budget_is_met_exactly_whatever_it_changes_in_what_is_promoted(
     assert Counter(rung_of(t) for t in ended) == {"head": 40, "full": trials}
 
 
-def fail(session: Session, claimed: Lease) -> None:
-    """End the trial of a lease without a result."""
-    session.fenced.take(claimed)
-    session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
-
-
 def test_trials_that_failed_and_are_tried_again_compare_the_rungs(
     make_session: MakeSession, digits: Data
 ) -> None:
@@ -439,9 +430,7 @@ def test_recipe_that_failed_below_and_was_tried_again_is_promoted(
     session = make_session(**CLIMBING)
     for _ in range(20):
         end_next(session, digits, merit)
-    claimed = lease(session)
-    assert claimed is not None
-    fail(session, claimed)
+    fail_next(session)
     for _ in range(20):
         end_next(session, digits, merit)
     assert is_over(session, "head")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, climb_to_the_top, end_next, merit
+from climbers import CLIMBING, climb_to_the_top, end_next, fail_next, merit
 from conftest import MakeFile, MakeSession
 from fleet import lease, run_next
 from optuna.trial import FrozenTrial, TrialState
@@ -203,10 +203,7 @@ def test_failed_training_that_is_retried_counts_for_its_seed(
     session = make_session(**SEARCH)
     for _ in range(8):
         end_next(session, digits, lucky)
-    held = lease(session)
-    assert held is not None
-    session.fenced.take(held)
-    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    fail_next(session)
     lost = of_rung(session)[0]
     while end_next(session, digits, lucky) is not None:
         pass
@@ -223,10 +220,7 @@ def test_verdict_is_made_anew_when_a_training_that_failed_was_tried_again(
     session = make_session(**SEARCH)
     for _ in range(8):
         end_next(session, digits, lucky)
-    held = lease(session)
-    assert held is not None
-    session.fenced.take(held)
-    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    fail_next(session)
     climb_to_the_top(session, digits, lucky)
     best = session.best()
     assert best is not None
@@ -260,10 +254,7 @@ def test_plain_cross_entropy_with_one_seed_left_is_not_told_from_the_answer(
     session = make_session(**SEARCH)
     for _ in range(8):
         end_next(session, digits, spread)
-    held = lease(session)
-    assert held is not None
-    session.fenced.take(held)
-    session.fenced.finish(held.trial_id, TrialState.FAIL, None, end="failed")
+    fail_next(session)
     climb_to_the_top(session, digits, spread)
     found = confirmation.confirmation(session, digits, ["tail_accuracy"])
     assert found is not None

@@ -13,7 +13,7 @@ from tuner.planned import NEARLY, all_planned, at
 from tuner.rungs.attempt import Attempt
 from tuner.tickets import is_done
 
-MANY = CLIMBING | {"ladder": {"rungs": ["head", "full"], "head": {"trials": 400}}}
+BY_COST = CLIMBING | {"ladder": {"rungs": ["head", "full"]}}
 
 
 def timed(head: float) -> Score:
@@ -26,15 +26,21 @@ def timed(head: float) -> Score:
     return score
 
 
+@pytest.fixture(autouse=True)
+def _fewer_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand trials take a while, trained or not."""
+    monkeypatch.setattr("tuner.ladder.MOST_HEADS", 300)
+
+
 @pytest.mark.parametrize(
     ("seconds", "trials"),
-    [(0.01, 400), (0.05, 21 * 5.0 * 0.1 / 0.05), (1.0, FEWEST_HEADS)],
+    [(0.01, 300), (0.05, 21 * 5.0 * 0.1 / 0.05), (1.0, FEWEST_HEADS)],
     ids=["cheap", "neither", "dear"],
 )
 def test_head_rung_ends_with_a_tenth_of_the_time_that_the_full_rung_takes(
     make_session: MakeSession, digits: Data, seconds: float, trials: float
 ) -> None:
-    session = make_session(**MANY)
+    session = make_session(**BY_COST)
     climb_to_the_top(session, digits, timed(seconds))
     assert len(at(session, "head")) == pytest.approx(trials, rel=NEARLY)
     assert len(at(session, "full")) == 21
@@ -42,21 +48,29 @@ def test_head_rung_ends_with_a_tenth_of_the_time_that_the_full_rung_takes(
     assert all_planned(session) == len(session.trials())
 
 
-@pytest.mark.parametrize(("share", "trials"), [("unlimited", 130), (0.0, FEWEST_HEADS)])
-def test_share_of_the_head_rung_may_be_everything_or_nothing(
-    make_session: MakeSession, digits: Data, share: object, trials: int
+def test_head_rung_has_as_many_trials_as_a_study_says_whatever_they_take(
+    make_session: MakeSession, digits: Data
 ) -> None:
-    head = {"trials": 130, "share": share}
-    session = make_session(**MANY | {"ladder": {"rungs": ["head", "full"], "head": head}})
+    ladder = {"rungs": ["head", "full"], "head": {"trials": 130}}
+    session = make_session(**BY_COST | {"ladder": ladder})
     climb_to_the_top(session, digits, timed(1.0))
-    assert len(at(session, "head")) == trials
+    assert len(at(session, "head")) == 130
 
 
-def test_head_rung_that_had_its_time_ends_though_its_first_trials_were_slow(
+def test_share_of_the_head_rung_is_what_a_study_says(
+    make_session: MakeSession, digits: Data
+) -> None:
+    ladder = {"rungs": ["head", "full"], "head": {"share": 0.2}}
+    session = make_session(**BY_COST | {"ladder": ladder})
+    climb_to_the_top(session, digits, timed(0.1))
+    assert len(at(session, "head")) == pytest.approx(21 * 5.0 * 0.2 / 0.1, rel=NEARLY)
+
+
+def test_head_rung_goes_on_though_its_first_trials_were_slow(
     make_session: MakeSession, digits: Data
 ) -> None:
     """What a trial takes is known once some ended, and warming up is not the rule."""
-    session, ended = make_session(**MANY), 0
+    session, ended = make_session(**BY_COST), 0
 
     def score(attempt: Attempt) -> float:
         nonlocal ended
@@ -64,17 +78,17 @@ def test_head_rung_that_had_its_time_ends_though_its_first_trials_were_slow(
         return timed(0.5 if ended <= 10 else 0.01)(attempt)
 
     climb_to_the_top(session, digits, score)
-    assert len(at(session, "head")) == 400
+    assert len(at(session, "head")) == 300
     assert is_over(session, "head")
 
 
-def test_larger_budget_is_that_of_the_full_rung_once_recipes_were_promoted(
+def test_head_rung_is_over_for_good_once_recipes_of_it_were_promoted(
     make_session: MakeSession, digits: Data
 ) -> None:
-    session = make_session(**MANY)
+    session = make_session(**BY_COST)
     climb_to_the_top(session, digits, timed(0.05))
     before = len(at(session, "head"))
-    larger = make_session(**MANY | {"budget": {"trials": 30, "epochs": 3}})
+    larger = make_session(**BY_COST | {"budget": {"trials": 30, "epochs": 3}})
     climb_to_the_top(larger, digits, timed(0.05))
     assert len(at(larger, "head")) == before
     assert len(at(larger, "full")) == 30

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, climb_to_the_top, end_next, finish_with
+from climbers import CLIMBING, climb_to_the_top, end_next, fail, finish_with
 from conftest import MakeSession
 from fleet import lease
 from optuna.trial import TrialState
@@ -163,8 +163,7 @@ def test_recipe_that_failed_gets_no_further_seed_until_it_is_tried_again(
     end_search(session, digits)
     for claimed in leases(session):
         if session.fenced.get_trial(claimed.trial_id).user_attrs["confirms"] == 7:
-            session.fenced.take(claimed)
-            session.fenced.finish(claimed.trial_id, TrialState.FAIL, None, end="failed")
+            fail(session, claimed)
         else:
             finish_with(session, claimed, digits, by_number)
     climb_to_the_top(session, digits, by_number)

@@ -22,8 +22,8 @@ ACTING = ("loss", "sampler")
 
 LARGEST = 100_000
 FEWEST_PAIRS = 6
-FEWEST_HEADS = 100
-"""Trials of the head rung, if it has so many, whatever they take."""
+FEWEST_HEADS, MOST_HEADS = 100, 1000
+"""Trials of the head rung where what they cost decides."""
 BASELINES = 2
 """Plain cross-entropy at the confirm rung: with its defaults, and tuned."""
 FEWEST_GOING_ON = 2
@@ -45,14 +45,14 @@ class HasAttributes(Protocol):
 class HeadRung(HeadTraining):
     """The rung that trains classifiers only, hundreds at once, on the features of one backbone.
 
-    ``trials``: how many at most. ``share``: above ``FEWEST_HEADS`` the rung ends once its trials
-    have taken that share of the time that training those of ``full`` takes. ``backbone``:
-    ``baseline`` for the network of the study's plain cross-entropy trial, ``initial`` for the
-    model with the ``weights_file`` it is given.
+    ``trials``: how many. With ``auto`` the rung ends once its trials have taken ``share`` of the
+    time that training those of ``full`` takes, after ``FEWEST_HEADS`` at the earliest and
+    ``MOST_HEADS`` at the latest. ``backbone``: ``baseline`` for the network of the study's plain
+    cross-entropy trial, ``initial`` for the model with the ``weights_file`` it is given.
     """
 
-    trials: Count = 1000
-    share: Annotated[float, Field(ge=0)] | Literal["unlimited"] = 0.1
+    trials: Count | Literal["auto"] = "auto"
+    share: Annotated[float, Field(ge=0)] = 0.1
     backbone: Literal["baseline", "initial"] = "baseline"
 
 
@@ -149,8 +149,8 @@ class Ladder:
 
     def may_end_before(self, rung: Rung) -> bool:
         """Whether a rung may have fewer trials than ``trials`` says: it depends on what is seen."""
-        limited = self.head.trials > FEWEST_HEADS and self.head.share != "unlimited"
-        return rung == "confirm" or (rung == "head" and limited and "full" in self.rungs)
+        by_cost = rung == "head" and self.head.trials == "auto" and "full" in self.rungs
+        return by_cost or rung == "confirm"
 
     def trials(self, rung: Rung, budget: int) -> int:
         """How many trials a rung has at most, given those of the last one that searches."""
@@ -158,7 +158,9 @@ class Ladder:
             return self.confirm.most()
         if rung == self.last:
             return budget
-        return self.head.trials if rung == "head" else self.deferred.trials
+        if rung == "deferred":
+            return self.deferred.trials
+        return MOST_HEADS if self.head.trials == "auto" else self.head.trials
 
 
 def rung_of(trial: HasAttributes) -> Rung:

@@ -36,10 +36,9 @@ def is_planned(trial: FrozenTrial) -> bool:
 def planned(session: Session, rung: Rung) -> int:
     """How many trials a rung will have, as far as that is known.
 
-    The head rung ends with its ``trials``, or before when it has taken its ``share`` of what
-    training those of ``full`` takes, each as long as the baseline. What its own trials take is
-    seen as they end, so the number changes on the way. It is over for good when recipes of it
-    were promoted.
+    A head rung of ``auto`` trials ends when it has taken its ``share`` of what training those of
+    ``full`` takes, each as long as the baseline. What its own trials take is seen as they end, so
+    the number changes on the way. It is over for good when recipes of it were promoted.
     """
     most = budget(session.file, rung)
     seconds = _time_of_heads(session) if rung == "head" else None
@@ -60,10 +59,10 @@ def all_planned(session: Session) -> int:
 def _time_of_heads(session: Session) -> float | None:
     """Seconds of slots that the head rung may take; None where nothing limits it."""
     ladder, baseline = session.file.ladder, session.baseline()
-    share, each = ladder.head.share, baseline and baseline.user_attrs.get("seconds")
-    if share == "unlimited" or not each or not ladder.may_end_before("head"):
+    each = baseline and baseline.user_attrs.get("seconds")
+    if not each or not ladder.may_end_before("head"):
         return None
-    return float(share * budget(session.file, "full") * each)
+    return float(ladder.head.share * budget(session.file, "full") * each)
 
 
 def _has_promoted(session: Session) -> bool:

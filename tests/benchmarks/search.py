@@ -87,7 +87,7 @@ def study(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "budget": {"trials": options.full, "epochs": options.epochs},
         "ladder": {
             "rungs": ["head", "full"] + ["confirm"] * (options.recipes > 0),
-            "head": {"trials": options.head},
+            "head": {"trials": options.head or "auto"},
             "confirm": {"recipes": options.recipes or 1, "seeds": options.again},
         },
         "search": {"algorithm": "tpe", "pruner": "tail_accuracy", "seed": seed},
@@ -261,7 +261,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=100, help="of an ordinary search")
     parser.add_argument("--sides", nargs="*", default=["ordinary", "tuned"])
     parser.add_argument("--ordinaries", type=int, default=1, help="searches of each other side")
-    parser.add_argument("--head", type=int, default=1000, help="trials of the head rung at most")
+    parser.add_argument("--head", type=int, help="trials of the head rung (by default: auto)")
     parser.add_argument("--full", type=int, default=40, help="trials of Tuner's full rung")
     parser.add_argument("--recipes", type=int, default=7, help="that Tuner confirms, 0 for none")
     parser.add_argument("--again", type=int, default=4, help="seeds that Tuner confirms them with")
