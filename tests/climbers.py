@@ -99,3 +99,13 @@ def opposite(attempt: Attempt) -> float:
     """What is good at a lower rung is bad at the last one."""
     value = merit(attempt)
     return value if rung_of(attempt) == "full" else 1 - value
+
+
+def timed(head: float) -> Score:
+    """``merit``, of trials that take so many seconds at the head rung, and five at full."""
+
+    def score(attempt: Attempt) -> float:
+        attempt.note({"seconds": head if rung_of(attempt) == "head" else 5.0})
+        return merit(attempt)
+
+    return score

@@ -18,6 +18,7 @@ from climbers import (
     finish_with,
     merit,
     opposite,
+    timed,
 )
 from conftest import MakeSession
 from fleet import claim, lease
@@ -259,18 +260,14 @@ def test_head_rung_proposes_by_tpe_where_a_gaussian_process_would_take_longer_th
 def test_study_whose_head_rung_took_longer_than_its_trainings_says_so(
     make_session: MakeSession, digits: Data, seconds: float, is_dear: bool
 ) -> None:
-    def timed(attempt: Any) -> float:
-        attempt.note({"seconds": seconds if rung_of(attempt) == "head" else 5.0})
-        return merit(attempt)
-
     def said() -> bool:
         return any("the head rung took" in line for line in cautions(session))
 
     session = make_session(**CLIMBING)
     while len(at(session, "full")) < 2:
-        end_next(session, digits, timed)
+        end_next(session, digits, timed(seconds))
     assert not said(), "the full rung is not over"
-    climb_to_the_top(session, digits, timed)
+    climb_to_the_top(session, digits, timed(seconds))
     assert said() == is_dear
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from climbers import CLIMBING, Score, climb_to_the_top, merit
+from climbers import CLIMBING, climb_to_the_top, timed
 from conftest import MakeSession
 
 from tuner.climbing import is_over
@@ -14,16 +14,6 @@ from tuner.rungs.attempt import Attempt
 from tuner.tickets import is_done
 
 BY_COST = CLIMBING | {"ladder": {"rungs": ["head", "full"]}}
-
-
-def timed(head: float) -> Score:
-    """``merit``, of trials that take so many seconds at the head rung, and five at full."""
-
-    def score(attempt: Attempt) -> float:
-        attempt.note({"seconds": head if rung_of(attempt) == "head" else 5.0})
-        return merit(attempt)
-
-    return score
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from climbers import CLIMBING, climb_to_the_top, end_next, fail, finish_with
+from climbers import CLIMBING, Score, climb_to_the_top, end_next, fail, finish_with
 from conftest import MakeSession
 from fleet import lease
 from optuna.trial import TrialState
@@ -176,14 +176,20 @@ def test_recipe_that_failed_gets_no_further_seed_until_it_is_tried_again(
     assert sorted(standings(session)[0].runs) == [0, 1, 2]
 
 
+def confirmed_by(session: Session, digits: Data, score: Score) -> dict[str, Any]:
+    """What the confirm rung finds when trials end with the values that ``score`` gives them."""
+    climb_to_the_top(session, digits, score)
+    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
+    assert found is not None
+    return found
+
+
 def test_dropping_only_takes_findings_away(make_session: MakeSession, digits: Data) -> None:
     whole = make_session(**SEARCH | {"name": "whole", "ladder": ladder(keep=1.0)})
     halved = make_session(**SEARCH | {"name": "halved"})
     told = []
     for session in (whole, halved):
-        climb_to_the_top(session, digits, noisy)
-        found = confirmation(session, replace(digits, load_test=None), (METRIC,))
-        assert found is not None
+        found = confirmed_by(session, digits, noisy)
         told.append({row["trial"]: row for row in found["recipes"]})
     assert told[0].keys() == told[1].keys()
     lost = [number for number, row in told[1].items() if row["dropped"]]
@@ -211,9 +217,7 @@ def test_recipes_that_are_better_but_break_the_floor_are_named(
     make_session: MakeSession, digits: Data
 ) -> None:
     session = make_session(**SEARCH)
-    climb_to_the_top(session, digits, by_number)
-    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
-    assert found is not None
+    found = confirmed_by(session, digits, by_number)
     assert not any("break" in text for text in told(found, session)), "nobody breaks it"
     first, *others = [row for row in found["recipes"] if not row["dropped"]]
     first["values"], found["rivals"] = [0.05] * len(first["values"]), []
@@ -236,9 +240,7 @@ def test_recipes_that_are_better_but_break_the_floor_are_named(
 
 def test_p_value_of_the_seeds_is_called_one_sided(make_session: MakeSession, digits: Data) -> None:
     session = make_session(**SEARCH)
-    climb_to_the_top(session, digits, by_number)
-    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
-    assert found is not None
+    found = confirmed_by(session, digits, by_number)
     found["recipes"][0]["to_tuned"] = {
         METRIC: {"estimate": -0.1, "low": -0.2, "high": -0.01, "p_value": 1.0}
     }
@@ -253,9 +255,7 @@ def test_report_and_terminal_say_who_was_dropped(
     make_session: MakeSession, digits: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = make_session(**SEARCH)
-    climb_to_the_top(session, digits, by_number)
-    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
-    assert found is not None
+    found = confirmed_by(session, digits, by_number)
     session.study.set_user_attr("verdict", {"confirmed": found})
     data = numbers.confirmed_data(session)
     assert data is not None
@@ -271,9 +271,7 @@ def test_floor_that_plain_cross_entropy_breaks_is_said_to_be_unadjusted(
     make_session: MakeSession, digits: Data
 ) -> None:
     session = make_session(**SEARCH)
-    climb_to_the_top(session, digits, by_number)
-    found = confirmation(session, replace(digits, load_test=None), (METRIC,))
-    assert found is not None
+    found = confirmed_by(session, digits, by_number)
     said = "The floor is that of plain cross-entropy, unadjusted"
     assert said not in told(found, session)[0], "nobody breaks it"
     plain = next(row for row in found["recipes"] if row["role"] == "plain")

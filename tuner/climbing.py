@@ -201,9 +201,8 @@ def twins(
     found, seen = [], set[str]()
     for trial in ended.given[upper]:
         attrs = trial.user_attrs
-        if {"unseen", "again"} & attrs.keys() or (
-            decisive and not {"compares", "baseline"} & attrs.keys()
-        ):
+        early = not decisive or DECISIVE & attrs.keys()
+        if {"unseen", "again"} & attrs.keys() or not early:
             continue
         is_default = baselines and attrs.get("baseline")
         loss = "cross_entropy" if is_default else attrs.get("preset", "")
