@@ -152,6 +152,7 @@ class TestPage:
         add_trial(session, 0.5)
         text = own_text(report_html(session))
         assert "Not decided yet: the best trial so far, number 0" in text
+        assert f"tuner export {session.file.name} -o best" in text.partition("Best recipe")[0]
         assert "Best recipe" in text
 
     def test_warns_when_the_comparison_had_no_test_part(self, session: Session) -> None:

@@ -65,7 +65,8 @@ def _why_no_verdict(overview: OverviewData) -> str:
         return "No trial is complete yet, so there is nothing to compare."
     return (
         f"Not decided yet: the best trial so far, number {overview.best.number}, has not been "
-        "compared with plain cross-entropy. That happens once the study's trials are done."
+        "compared with plain cross-entropy. tuner run does so once all trials are done; after "
+        f"other workers, do it where the data are: tuner export {overview.name} -o best"
     )
 
 
